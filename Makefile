@@ -1,0 +1,71 @@
+# Everything a developer types. `make` alone lists it. Nothing here needs root but `make test-deps`.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory --no-builtin-rules
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+
+BIN := .venvs/core/bin
+# `make run ARGS="--size small --fresh"`, `make test ARGS="tests/unit/dicom -x"`
+ARGS ?=
+# Debian packages that tests start; radloop itself needs none of them.
+TEST_PACKAGES := chromium dcmtk dicom3tools
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: run
+run: setup ## set up, then the whole loop on a simulated hospital (ARGS: options of `radloop demo`)
+	@$(BIN)/radloop demo $(ARGS)
+
+.PHONY: setup
+setup: ## make the environments that locks/ describes (PYTHON= names a Python 3.11)
+	@PYTHON="$(PYTHON)" scripts/setup core tfdv
+
+.PHONY: test
+test: setup ## run the tests (ARGS: options of pytest)
+	@$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: torture
+torture: setup ## run the long tests too: kills at many seeded moments
+	@RADLOOP_TORTURE=1 $(BIN)/python -m pytest -m torture --timeout 3600 $(ARGS)
+
+.PHONY: bench
+bench: setup ## measure what we promise about speed
+	@$(BIN)/python -m pytest benchmarks -s -p no:randomly --override-ini python_files="bench_*.py" $(ARGS)
+
+.PHONY: lint
+lint: setup ## style, imports between the rooms, declared dependencies
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports --no-logo
+	@cd packages/radloop && ../../$(BIN)/deptry src
+	@cd packages/radloop-tfdv && ../../$(BIN)/deptry src
+
+.PHONY: format
+format: setup ## let ruff mend what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+.PHONY: types
+types: setup ## mypy --strict
+	@$(BIN)/mypy
+
+.PHONY: docs
+docs: setup ## generate what docs/ takes from the code: JSON schemas and the command line's help
+	@$(BIN)/python scripts/generate_docs.py
+
+.PHONY: lock
+lock: setup ## compile the locks again (ARGS="--upgrade" takes the newest versions)
+	@scripts/lock $(ARGS)
+
+.PHONY: test-deps
+test-deps: ## install the Debian packages that tests start (root or sudo; else the command is printed)
+	@scripts/test-deps $(TEST_PACKAGES)
+
+.PHONY: clean
+clean: ## remove environments, caches and what the demo wrote
+	@rm -rf .venvs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist build radloop-demo
+	@find packages tests -type d \( -name __pycache__ -o -name '*.egg-info' \) -prune -exec rm -rf {} +

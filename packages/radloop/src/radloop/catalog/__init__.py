@@ -1,0 +1,1 @@
+"""What radloop knows about every instance, label, dataset and model. Pseudonyms only: nothing identified is in it."""

@@ -1,0 +1,456 @@
+"""The catalog's tables, the words used in them, and the rows as they come out.
+
+Nothing identified is in the catalog: every UID, patient, accession and file key is a pseudonym (`radloop.dicom.uids`),
+`tags` holds de-identified attributes, `detail` says what was wrong without a value of an attribute.
+Times are ISO 8601 strings in UTC.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+from sqlalchemy import (
+    JSON,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+
+class Reason(StrEnum):
+    """Why an instance or a file was refused. Each is kept in quarantine, never dropped."""
+
+    NOT_DICOM = "NOT_DICOM"
+    TRUNCATED = "TRUNCATED"
+    UNKNOWN_TRANSFER_SYNTAX = "UNKNOWN_TRANSFER_SYNTAX"
+    NO_PATIENT_ID = "NO_PATIENT_ID"
+    MISSING_UID = "MISSING_UID"
+    UID_CONFLICT = "UID_CONFLICT"
+    """The SOPInstanceUID is known, with other decoded pixels."""
+    NO_PIXELS = "NO_PIXELS"
+    PIXELS_UNDECODABLE = "PIXELS_UNDECODABLE"
+    UNEXPECTED_SOP_CLASS = "UNEXPECTED_SOP_CLASS"
+    UNEXPECTED_MODALITY = "UNEXPECTED_MODALITY"
+    BAD_GEOMETRY = "BAD_GEOMETRY"
+    BAD_WINDOW = "BAD_WINDOW"
+    DUPLICATE_PIXELS = "DUPLICATE_PIXELS"
+    DUPLICATE_PIXELS_ACROSS_PATIENTS = "DUPLICATE_PIXELS_ACROSS_PATIENTS"
+    EMPTY_IMAGE = "EMPTY_IMAGE"
+    SATURATED_IMAGE = "SATURATED_IMAGE"
+    PHI_FOUND = "PHI_FOUND"
+    BURNED_IN_DECLARED = "BURNED_IN_DECLARED"
+    UNSUPPORTED_OBJECT = "UNSUPPORTED_OBJECT"
+    MULTI_CHANNEL = "MULTI_CHANNEL"
+    MULTI_FRAME = "MULTI_FRAME"
+    UNSUPPORTED_IMAGE = "UNSUPPORTED_IMAGE"
+    """A JPEG or PNG that cannot be wrapped without inventing something (16-bit samples, several frames)."""
+    SCHEMA_ANOMALY = "SCHEMA_ANOMALY"
+    """The validation stage's schema does not hold for this instance's tags."""
+
+
+RELEASABLE = frozenset(
+    {
+        Reason.UID_CONFLICT,
+        Reason.UNEXPECTED_SOP_CLASS,
+        Reason.UNEXPECTED_MODALITY,
+        Reason.BAD_GEOMETRY,
+        Reason.BAD_WINDOW,
+        Reason.DUPLICATE_PIXELS,
+        Reason.DUPLICATE_PIXELS_ACROSS_PATIENTS,
+        Reason.EMPTY_IMAGE,
+        Reason.SATURATED_IMAGE,
+        Reason.SCHEMA_ANOMALY,
+    }
+)
+"""What a person may overrule. All else cannot be used as it is (no pixels, no patient) or may not be (PHI)."""
+
+
+class Status(StrEnum):
+    """Where one revision of an instance stands."""
+
+    RECEIVED = "received"
+    ARCHIVED = "archived"
+    QUARANTINED = "quarantined"
+    SUPERSEDED = "superseded"
+
+
+class Recorded(StrEnum):
+    """What `Catalog.record` made of a row."""
+
+    NEW = "new"
+    SAME = "same"
+    REVISION = "revision"
+    CONFLICT = "conflict"
+
+
+class QuarantineState(StrEnum):
+    HELD = "held"
+    RETRIED = "retried"
+    RELEASED = "released"
+    PURGED = "purged"
+
+
+class KeyKind(StrEnum):
+    """What a label is keyed by; the order is that of precedence."""
+
+    INSTANCE = "instance"
+    FILE = "file"
+    STUDY = "study"
+    ACCESSION = "accession"
+
+
+def now() -> str:
+    """The time, ISO 8601 in UTC with microseconds."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+    }
+)
+
+instances = Table(
+    "instances",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("sop_uid", String(64), nullable=False),
+    Column("revision", Integer, nullable=False),
+    Column("study_uid", String(64), nullable=False),
+    Column("series_uid", String(64), nullable=False),
+    Column("patient", String(64), nullable=False),
+    Column("key_id", String(16), nullable=False),
+    Column("accession_key", String(64)),
+    Column("file_key", String(64)),
+    Column("site", String(64), nullable=False),
+    Column("sender", String(64), nullable=False),
+    Column("sop_class_uid", String(64), nullable=False),
+    Column("modality", String(16)),
+    Column("transfer_syntax_uid", String(64), nullable=False),
+    Column("source_sha256", String(64), nullable=False),
+    Column("source_bytes", Integer, nullable=False),
+    Column("received_at", String(32), nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("archive_path", String(255)),
+    Column("file_sha256", String(64)),
+    Column("pixel_sha256", String(64)),
+    Column("deid_digest", String(64)),
+    Column("tags", JSON, nullable=False),
+    Column("batch", Integer),
+    UniqueConstraint("sop_uid", "revision"),
+    UniqueConstraint("source_sha256", "key_id"),
+    Index(None, "status"),
+    Index(None, "study_uid"),
+    Index(None, "accession_key"),
+    Index(None, "pixel_sha256"),
+)
+
+# One instance may lie under several paths (a copy in another folder), and a label may be keyed by any of them.
+instance_files = Table(
+    "instance_files",
+    metadata,
+    Column("file_key", String(64), primary_key=True),
+    Column("sop_uid", String(64), primary_key=True),
+)
+
+quarantine = Table(
+    "quarantine",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("source_sha256", String(64), nullable=False),
+    Column("sop_uid", String(64)),
+    Column("revision", Integer),
+    Column("site", String(64)),
+    Column("stage", String(32), nullable=False),
+    Column("reason", String(48), nullable=False),
+    Column("detail", Text, nullable=False),
+    Column("created_at", String(32), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("by", String(64)),
+    Column("batch", Integer),
+    Index(None, "source_sha256"),
+    Index(None, "sop_uid"),
+    Index(None, "state"),
+)
+
+labels = Table(
+    "labels",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("task", String(64), nullable=False),
+    Column("key_kind", String(16), nullable=False),
+    Column("key", String(64), nullable=False),
+    Column("value", String(64), nullable=False),
+    Column("source", String(128), nullable=False),
+    Column("row_revision", Integer, nullable=False),
+    Column("imported_at", String(32), nullable=False),
+    UniqueConstraint("task", "key_kind", "key", "row_revision"),
+)
+
+patients = Table(
+    "patients",
+    metadata,
+    Column("patient", String(64), primary_key=True),
+    Column("key_id", String(16), nullable=False),
+    Column("part", String(16), nullable=False),
+    Column("decided_at", String(32), nullable=False),
+)
+
+datasets = Table(
+    "datasets",
+    metadata,
+    Column("digest", String(64), primary_key=True),
+    Column("number", Integer, nullable=False, unique=True),
+    Column("created_at", String(32), nullable=False),
+    Column("path", String(255), nullable=False),
+    Column("parent", String(64)),
+    Column("counts", JSON, nullable=False),
+    Column("flags", JSON, nullable=False),
+)
+
+dataset_members = Table(
+    "dataset_members",
+    metadata,
+    Column("digest", String(64), ForeignKey("datasets.digest"), primary_key=True),
+    Column("sop_uid", String(64), primary_key=True),
+    Column("revision", Integer, nullable=False),
+    Column("patient", String(64), nullable=False),
+    Column("part", String(16), nullable=False),
+    Index(None, "sop_uid"),
+)
+
+models = Table(
+    "models",
+    metadata,
+    Column("digest", String(64), primary_key=True),
+    Column("dataset_digest", String(64), ForeignKey("datasets.digest"), nullable=False),
+    Column("preprocessing_digest", String(64), nullable=False),
+    Column("version", String(64)),
+    Column("created_at", String(32), nullable=False),
+    Column("info", JSON, nullable=False),
+    Column("flags", JSON, nullable=False),
+    Index(None, "dataset_digest"),
+)
+
+ledger = Table(
+    "ledger",
+    metadata,
+    Column("seq", Integer, primary_key=True),
+    Column("key", String(255), unique=True),
+    Column("at", String(32), nullable=False),
+    Column("kind", String(32), nullable=False),
+    Column("subject", String(255), nullable=False),
+    Column("actor", String(64), nullable=False),
+    Column("payload", JSON, nullable=False),
+    Column("prev_hash", String(64)),
+    Column("hash", String(64)),
+    Index(None, "kind", "subject"),
+)
+
+label_requests = Table(
+    "label_requests",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("opened_at", String(32), nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("sop_uids", JSON, nullable=False),
+    Column("why", Text, nullable=False),
+)
+
+
+class InstanceRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One instance as it was received: what `Catalog.record` takes. Every identifier is a pseudonym."""
+
+    sop_uid: str
+    study_uid: str
+    series_uid: str
+    patient: str
+    key_id: str
+    site: str
+    sender: str
+    sop_class_uid: str
+    transfer_syntax_uid: str
+    source_sha256: str
+    source_bytes: int
+    accession_key: str | None = None
+    file_key: str | None = None
+    modality: str | None = None
+
+
+class Instance(InstanceRow, frozen=True, kw_only=True):
+    """One revision of an instance as the catalog holds it. `tags` are `radloop.dicom.tags.describe`'s."""
+
+    revision: int
+    received_at: str
+    status: Status
+    archive_path: str | None = None
+    file_sha256: str | None = None
+    pixel_sha256: str | None = None
+    deid_digest: str | None = None
+    tags: dict[str, Any] = {}
+    batch: int | None = None
+
+
+class Archived(msgspec.Struct, frozen=True, kw_only=True):
+    """What de-identification adds to one revision. `archive_path` is relative to the archive's root."""
+
+    sop_uid: str
+    revision: int
+    archive_path: str
+    file_sha256: str
+    deid_digest: str
+    pixel_sha256: str | None = None
+    tags: dict[str, Any] = {}
+
+
+class Quarantined(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of the quarantine. `detail` holds no value of an attribute."""
+
+    id: int
+    source_sha256: str
+    sop_uid: str | None
+    revision: int | None
+    site: str | None
+    stage: str
+    reason: Reason
+    detail: str
+    created_at: str
+    state: QuarantineState
+    by: str | None
+    batch: int | None = None
+
+
+class Refused(msgspec.Struct, frozen=True, kw_only=True):
+    """One instance that a stage refuses. `detail` holds no value of an attribute."""
+
+    sop_uid: str
+    revision: int
+    reason: Reason
+    detail: str = ""
+
+
+class LabelRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One label to import. `key` is a pseudonym made by `radloop.dicom.uids`; `row` is its line in the file."""
+
+    key_kind: KeyKind
+    key: str
+    value: str
+    row: int | None = None
+
+
+class Label(msgspec.Struct, frozen=True, kw_only=True):
+    """The value in force for one key."""
+
+    task: str
+    key_kind: KeyKind
+    key: str
+    value: str
+    source: str
+    row_revision: int
+    imported_at: str
+
+
+class Resolved(msgspec.Struct, frozen=True, kw_only=True):
+    """Labels joined to instances.
+
+    `values`: pseudonymous SOP instance UID -> (value, kind of key it came from).
+    `contradicting`: instances without a value because labels of the same kind say different things of them, or
+    because their file path names several instances.
+    """
+
+    values: dict[str, tuple[str, KeyKind]]
+    contradicting: list[str]
+
+
+class LabelImport(msgspec.Struct, frozen=True, kw_only=True):
+    """Counts of one label import. `unmatched` keys are known to no instance yet; they are kept."""
+
+    rows: int
+    new: int
+    corrected: int
+    unchanged: int
+    unmatched: int
+
+
+class Member(msgspec.Struct, frozen=True, kw_only=True):
+    """One instance in one dataset version."""
+
+    sop_uid: str
+    revision: int
+    patient: str
+    part: str
+
+
+class Dataset(msgspec.Struct, frozen=True, kw_only=True):
+    """One dataset version. `flags`: name -> the pseudonymous SOP instance UIDs that caused it."""
+
+    digest: str
+    number: int
+    created_at: str
+    path: str
+    parent: str | None
+    counts: dict[str, Any]
+    flags: dict[str, list[str]]
+
+
+class Model(msgspec.Struct, frozen=True, kw_only=True):
+    """One trained model and the dataset version it was trained on. `flags` as those of `Dataset`."""
+
+    digest: str
+    dataset_digest: str
+    preprocessing_digest: str
+    version: str | None
+    created_at: str
+    info: dict[str, Any]
+    flags: dict[str, list[str]]
+
+
+class Affected(msgspec.Struct, frozen=True, kw_only=True):
+    """Digests of the dataset versions that hold some instances, and of the models trained on them."""
+
+    datasets: list[str]
+    models: list[str]
+
+
+class Trace(msgspec.Struct, frozen=True, kw_only=True):
+    """From a model back to the instances it was trained on."""
+
+    model: Model
+    dataset: Dataset
+    members: list[Member]
+
+
+class LabelRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A request for labels that drift opened. `status`: open or closed."""
+
+    id: str
+    opened_at: str
+    status: str
+    sop_uids: list[str]
+    why: str
+
+
+class LedgerRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of the append-only ledger. `prev_hash` and `hash` are there for the hash chain."""
+
+    seq: int
+    key: str | None
+    at: str
+    kind: str
+    subject: str
+    actor: str
+    payload: dict[str, Any]
+    prev_hash: str | None = None
+    hash: str | None = None

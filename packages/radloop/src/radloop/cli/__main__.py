@@ -1,0 +1,6 @@
+"""`python -m radloop.cli`: how engines call radloop under an environment's own Python."""
+
+from radloop.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""DICOM in: listener, landing, identity crosswalk, de-identification."""

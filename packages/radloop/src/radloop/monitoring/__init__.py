@@ -1,0 +1,1 @@
+"""Watching a model in production: drift, performance, labelling requests, alerts, and the report."""

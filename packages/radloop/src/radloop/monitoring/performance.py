@@ -1,0 +1,306 @@
+"""How well does the model do on the labels that have arrived?
+
+Predictions of the log are joined with labels by pseudonymous SOP UID. Each image is a case, the patient is what is
+resampled: intervals are percentile intervals of a bootstrap over patients (Efron 1979; clustered as in Rutter 2000).
+Where a figure is exactly 0 or 1 every resample repeats it, so the exact binomial bound on the number of patients stands
+in (Clopper and Pearson 1934).
+
+Labels that arrive are seldom a random sample, and a new site is another population: both are said beside the figures,
+and a label of another definition is never compared with the training's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from radloop.errors import DataError
+
+Floats = npt.NDArray[np.float64]
+
+KEPT = "kept"
+DEGRADED = "degraded"
+UNDETERMINED = "undetermined"
+NOT_COMPARABLE = "not comparable"
+INSUFFICIENT = "insufficient evidence"
+POOLED = "*"
+_AT_ONCE = 100  # resamples computed together, so that memory stays at 100 x images floats
+
+
+class Figure(msgspec.Struct, frozen=True):
+    """A figure with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Reference(msgspec.Struct, frozen=True):
+    """What the model reached when it was evaluated, and on whom."""
+
+    auc: Figure
+    prevalence: float
+    sites: list[str]
+    label_definition: str = ""
+
+
+class ScopePerformance(msgspec.Struct, frozen=True):
+    """One site, or all pooled (scope "*"). Figures are None where the evidence is insufficient."""
+
+    scope: str
+    images: int
+    patients: int
+    labelled: int
+    unlabelled: int
+    positive_patients: int
+    negative_patients: int
+    prevalence: float | None  # of the labelled images
+    auc: Figure | None
+    sensitivity: Figure | None
+    specificity: Figure | None
+
+
+class Performance(msgspec.Struct, frozen=True):
+    """Performance in production, pooled first, then by site."""
+
+    verdict: str
+    summary: str
+    threshold: float
+    scopes: list[ScopePerformance]
+    population_changes: list[str]
+    reference: Reference | None
+
+
+class _Cases(msgspec.Struct, frozen=True, eq=False):
+    """One entry per image; label -1 where none has arrived."""
+
+    patients: npt.NDArray[np.str_]
+    sites: npt.NDArray[np.str_]
+    probability: Floats
+    label: npt.NDArray[np.int8]
+
+
+def assess(
+    predictions: Iterable[Mapping[str, Any]],
+    labels: Mapping[str, int],
+    *,
+    threshold: float,
+    reference: Reference | None = None,
+    label_definition: str = "",
+    minimum_patients: int = 10,
+    margin: float = 0.05,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Performance:
+    """Join predictions of one model with labels and measure.
+
+    Args:
+        predictions: rows with `sop_uid`, `patient`, `site`, `probability`; of an image predicted twice the last counts.
+        labels: pseudonymous SOP UID -> 0 or 1; those of images never predicted are ignored.
+        threshold: the model's frozen decision threshold on `probability`.
+        reference: the champion's own evaluation.
+        label_definition: what these labels mean; another one than the reference's makes the figures not comparable.
+        minimum_patients: of each class; below it a scope has insufficient evidence and shows no figure.
+        margin: the loss of AUC that is tolerated before the lower bound fails to show that performance was kept.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Raises:
+        DataError: a label that is not 0 or 1, or a prediction without one of its four columns.
+    """
+    cases = _join(predictions, labels)
+    names = [POOLED, *sorted(set(cases.sites.tolist()))]
+    scopes = [_measure(name, cases, threshold, minimum_patients, resamples, seed) for name in names]
+    changes = _changes(cases, scopes, reference, label_definition)
+    verdict, summary = _verdict(scopes[0], reference, label_definition, margin, minimum_patients)
+    return Performance(verdict, summary, threshold, scopes, changes, reference)
+
+
+def auc(label: npt.NDArray[Any], score: npt.NDArray[Any], weights: npt.NDArray[Any] | None = None) -> Floats:
+    """Area under the ROC curve, ties counted half.
+
+    Args:
+        label: (cases,) 0 or 1.
+        score: (cases,).
+        weights: (resamples, cases) how often each case counts; one row of ones by default.
+
+    Returns:
+        (resamples,), NaN where a resample lacks a class.
+    """
+    order = np.argsort(score, kind="stable")
+    counts = np.ones((1, len(order))) if weights is None else np.asarray(weights, dtype=np.float64)[:, order]
+    starts = np.flatnonzero(np.r_[True, np.diff(score[order]) != 0])
+    positive = np.add.reduceat(counts * (label[order] == 1), starts, axis=1)
+    negative = np.add.reduceat(counts * (label[order] == 0), starts, axis=1)
+    below = np.cumsum(negative, axis=1) - negative
+    pairs = positive.sum(axis=1) * negative.sum(axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray((positive * (below + negative / 2)).sum(axis=1) / pairs, dtype=np.float64)
+
+
+def _join(predictions: Iterable[Mapping[str, Any]], labels: Mapping[str, int]) -> _Cases:
+    wrong = sorted({repr(value) for value in labels.values() if value not in (0, 1)})
+    if wrong:
+        raise DataError("a label that is neither 0 nor 1", expected="0 or 1", got=f"{len(wrong)} other values")
+    latest: dict[str, Mapping[str, Any]] = {}
+    for row in predictions:
+        missing = [key for key in ("sop_uid", "patient", "site", "probability") if row.get(key) is None]
+        if missing:
+            raise DataError(
+                "a prediction cannot be judged", expected="sop_uid, patient, site, probability", got=f"no {missing[0]}"
+            )
+        latest[str(row["sop_uid"])] = row
+    ordered = [latest[uid] for uid in sorted(latest)]
+    return _Cases(
+        patients=np.array([str(row["patient"]) for row in ordered], dtype=str),
+        sites=np.array([str(row["site"]) for row in ordered], dtype=str),
+        probability=np.array([row["probability"] for row in ordered], dtype=np.float64),
+        label=np.array([labels.get(uid, -1) for uid in sorted(latest)], dtype=np.int8),
+    )
+
+
+def _measure(scope: str, cases: _Cases, threshold: float, minimum: int, resamples: int, seed: int) -> ScopePerformance:
+    inside = np.ones(len(cases.sites), dtype=bool) if scope == POOLED else cases.sites == scope
+    known = inside & (cases.label >= 0)
+    people, label, score = cases.patients[known], cases.label[known], cases.probability[known]
+    ill, well = len(set(people[label == 1].tolist())), len(set(people[label == 0].tolist()))
+    figures: list[Figure | None] = [None, None, None]
+    if min(ill, well) >= max(1, minimum):
+        figures = list(_figures(people, label, score, threshold, (ill, well), resamples, seed))
+    return ScopePerformance(
+        scope=scope,
+        images=int(inside.sum()),
+        patients=len(set(cases.patients[inside].tolist())),
+        labelled=int(known.sum()),
+        unlabelled=int(inside.sum() - known.sum()),
+        positive_patients=ill,
+        negative_patients=well,
+        prevalence=float(np.mean(label == 1)) if len(label) else None,
+        auc=figures[0],
+        sensitivity=figures[1],
+        specificity=figures[2],
+    )
+
+
+def _figures(
+    people: npt.NDArray[np.str_],
+    label: npt.NDArray[np.int8],
+    score: Floats,
+    threshold: float,
+    patients: tuple[int, int],
+    resamples: int,
+    seed: int,
+) -> tuple[Figure, Figure, Figure]:
+    """AUC, sensitivity and specificity, each with its interval."""
+    names, person = np.unique(people, return_inverse=True)
+    draw = np.random.default_rng(seed)
+    drawn: list[list[Floats]] = [[], [], []]
+    called = score >= threshold
+    for start in range(0, resamples, _AT_ONCE):
+        number = min(_AT_ONCE, resamples - start)
+        counts = draw.multinomial(len(names), np.full(len(names), 1 / len(names)), size=number)
+        for kept, values in zip(drawn, _three(label, score, called, counts[:, person]), strict=True):
+            kept.append(values)
+    exact = _three(label, score, called, np.ones((1, len(label))))
+    ill, well = patients
+    return (
+        _figure(exact[0], drawn[0], min(ill, well)),
+        _figure(exact[1], drawn[1], ill),
+        _figure(exact[2], drawn[2], well),
+    )
+
+
+def _three(
+    label: npt.NDArray[np.int8], score: Floats, called: npt.NDArray[np.bool_], weights: npt.NDArray[Any]
+) -> tuple[Floats, Floats, Floats]:
+    ill, well = weights * (label == 1), weights * (label == 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        sensitivity = (ill * called).sum(axis=1) / ill.sum(axis=1)
+        specificity = (well * ~called).sum(axis=1) / well.sum(axis=1)
+    return auc(label, score, weights), sensitivity, specificity
+
+
+def _figure(exact: Floats, drawn: Sequence[Floats], patients: int) -> Figure:
+    value = float(exact[0])
+    low, high = (float(x) for x in np.nanquantile(np.concatenate(drawn), [0.025, 0.975]))
+    if value == 1.0:
+        low = min(low, 0.025 ** (1 / patients))
+    if value == 0.0:
+        high = max(high, 1 - 0.025 ** (1 / patients))
+    return Figure(value, low, high)
+
+
+def _changes(
+    cases: _Cases, scopes: list[ScopePerformance], reference: Reference | None, label_definition: str
+) -> list[str]:
+    """What makes these cases another population than the one the model was evaluated on, in words."""
+    found: list[str] = []
+    pooled = scopes[0]
+    if reference is not None:
+        new = sorted(set(cases.sites.tolist()) - set(reference.sites))
+        found += [f"site {site} is not among the sites of the evaluation" for site in new]
+        if _other_definition(reference, label_definition):
+            found.append(
+                f"the labels mean {label_definition!r}, the model was evaluated against {reference.label_definition!r}"
+            )
+        if pooled.prevalence is not None and abs(pooled.prevalence - reference.prevalence) >= 0.1:
+            found.append(
+                f"{pooled.prevalence:.0%} of the labelled images are positive, "
+                f"{reference.prevalence:.0%} were at evaluation"
+            )
+    selected = _selection(cases)
+    return [*found, selected] if selected else found
+
+
+def _selection(cases: _Cases) -> str | None:
+    """Whether the labelled patients are unlike the unlabelled: then the figures hold for the labelled only."""
+    from scipy import stats
+
+    known = cases.label >= 0
+    sides = [_by_patient(cases.patients[mask], cases.probability[mask]) for mask in (known, ~known)]
+    if min(len(side) for side in sides) < 10:
+        return None
+    result = stats.ks_2samp(sides[0], sides[1], method="asymp")
+    if result.pvalue >= 0.01:
+        return None
+    return (
+        "the labelled images are no random sample of what was predicted "
+        f"(their probabilities differ, KS distance {result.statistic:.2f}): the figures hold for the labelled only"
+    )
+
+
+def _by_patient(people: npt.NDArray[np.str_], values: Floats) -> Floats:
+    names, person = np.unique(people, return_inverse=True)
+    return np.asarray(np.bincount(person, weights=values, minlength=len(names)) / np.maximum(np.bincount(person), 1))
+
+
+def _verdict(
+    pooled: ScopePerformance, reference: Reference | None, label_definition: str, margin: float, minimum: int
+) -> tuple[str, str]:
+    if pooled.auc is None:
+        return INSUFFICIENT, (
+            f"insufficient evidence: labels of {pooled.positive_patients} patients with and {pooled.negative_patients} "
+            f"without the finding, {minimum} of each needed"
+        )
+    said = f"AUC {pooled.auc.value:.3f} ({pooled.auc.low:.3f} to {pooled.auc.high:.3f})"
+    if reference is None:
+        return UNDETERMINED, f"{said}, with no evaluation to compare it with"
+    if _other_definition(reference, label_definition):
+        return (
+            NOT_COMPARABLE,
+            f"{said} against labels of another definition: a change of population, not a performance of the task",
+        )
+    was = f"at evaluation {reference.auc.value:.3f} ({reference.auc.low:.3f} to {reference.auc.high:.3f})"
+    if pooled.auc.high < reference.auc.low:
+        return DEGRADED, f"{said}, below the whole interval {was}"
+    if pooled.auc.low >= reference.auc.value - margin:
+        return KEPT, f"{said}, {was}: within the margin of {margin:g}"
+    return UNDETERMINED, f"{said}, {was}: neither kept within {margin:g} nor clearly lower"
+
+
+def _other_definition(reference: Reference, label_definition: str) -> bool:
+    return bool(label_definition and reference.label_definition and label_definition != reference.label_definition)

@@ -1,0 +1,237 @@
+"""The processes under the supervisor: predictors and Envoy, started, probed, restarted and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from radloop.serving import gateway, process
+
+REFUSED_EXIT = 78
+"""Exit status (sysexits.h EX_CONFIG) of a predictor that will not start however often it is tried."""
+
+FIRST_BACKOFF_S = 0.2
+LONGEST_BACKOFF_S = 10.0
+STEADY_AFTER_S = 10.0
+KILL_AFTER_S = 15.0
+_PROBE_TIMEOUT_S = 1.0
+
+
+class Program(Protocol):
+    """What a `Child` runs and how it is seen that it is ready."""
+
+    def command(self) -> list[str]: ...
+    def probe(self, output: Path) -> int | None:
+        """The port at which it is ready now, None if it is not (yet)."""
+        ...
+
+
+class Child:
+    """One process kept running: restarted with doubling back-off, from 0.2 s up to 10 s.
+
+    Args:
+        name: for file names.
+        program: its command and its probe.
+        logs: folder for `{name}.out` and `{name}.err`, written anew at each start.
+    """
+
+    def __init__(self, name: str, program: Program, logs: Path) -> None:
+        self.name, self.program = name, program
+        self.output, self.errors = logs / f"{name}.out", logs / f"{name}.err"
+        self.port: int | None = None
+        self.ready = False
+        self.refused = False
+        self.restarts = 0
+        self.last_error: str | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._backoff_s = FIRST_BACKOFF_S
+        self._not_before = 0.0
+        self._started = 0.0
+        self._kill_at: float | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Of the running process, else None."""
+        return None if self._process is None else self._process.pid
+
+    def tend(self) -> None:
+        """Start it if it is down and may be started; else look how it is."""
+        if self._process is None:
+            if not self.refused and time.monotonic() >= self._not_before:
+                self._start()
+            return
+        status = self._process.poll()
+        if status is not None:
+            self._ended(status)
+            return
+        port = self.program.probe(self.output)
+        self.ready, self.port = port is not None, port if port is not None else self.port
+        if self.ready and time.monotonic() - self._started > STEADY_AFTER_S:
+            self._backoff_s = FIRST_BACKOFF_S
+
+    def exited(self) -> bool:
+        """Whether it is not running at this moment."""
+        return self._process is None or self._process.poll() is not None
+
+    def terminate(self) -> None:
+        """SIGTERM once; SIGKILL for whoever has not ended 15 s later (`gone` looks)."""
+        self.ready = False
+        if self._process is not None and self._kill_at is None:
+            self._kill_at = time.monotonic() + KILL_AFTER_S
+            self._process.terminate()
+
+    def gone(self) -> bool:
+        """Whether it has ended, after `terminate`."""
+        if self._process is None or self.exited():
+            return True
+        if self._kill_at is not None and time.monotonic() > self._kill_at:
+            self._process.kill()
+        return False
+
+    def _start(self) -> None:
+        # A session of its own: Ctrl-C at the terminal reaches the supervisor, which ends its children in order.
+        with self.output.open("wb") as out, self.errors.open("wb") as err:
+            self._process = subprocess.Popen(
+                self.program.command(), stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
+            )
+        self._started = time.monotonic()
+
+    def _ended(self, status: int) -> None:
+        said = self.errors.read_text(errors="replace").strip()[-800:]
+        how = f"ended by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        self.last_error = f"{how}: {said}" if said else how
+        self.refused = status == REFUSED_EXIT
+        self._process, self.ready, self.restarts = None, False, self.restarts + 1
+        self._not_before = time.monotonic() + self._backoff_s
+        self._backoff_s = min(2 * self._backoff_s, LONGEST_BACKOFF_S)
+
+
+class Predictor(msgspec.Struct, frozen=True):
+    """`python -m radloop.serving.predictor` for one model package."""
+
+    package: Path
+    version: str
+    model_digest: str
+    model_name: str
+    predictions: Path
+    key_file: Path
+    token_file: Path | None
+
+    def command(self) -> list[str]:
+        command = [sys.executable, "-m", "radloop.serving.predictor", "--parent", str(os.getpid())]
+        command += ["--package", str(self.package), "--version", self.version, "--expect-digest", self.model_digest]
+        command += ["--name", self.model_name, "--predictions", str(self.predictions), "--key-file", str(self.key_file)]
+        return command if self.token_file is None else [*command, "--token-file", str(self.token_file)]
+
+    def probe(self, output: Path) -> int | None:
+        port = _announced_port(output)
+        return port if port is not None and get(port, "/v2/health/ready")[0] == 200 else None
+
+
+class Envoy(msgspec.Struct, frozen=True):
+    """Envoy with its configuration folder; ends by SIGKILL with its parent."""
+
+    config: Path
+    host: str
+    port: int
+    admin_port: int
+
+    def command(self) -> list[str]:
+        self.admin_address.parent.mkdir(exist_ok=True, mode=0o700)
+        self.admin_address.unlink(missing_ok=True)
+        made = gateway.bootstrap(self.config, host=self.host, port=self.port, admin_port=self.admin_port)
+        gateway.replace_json(self.config / "bootstrap.json", made)
+        launcher = [sys.executable, "-I", "-S", process.__file__, str(os.getpid()), str(gateway.envoy_path())]
+        options = ["--admin-address-path", str(self.admin_address), "--disable-hot-restart", "-l", "warn"]
+        workers = str(min(2, os.cpu_count() or 1))
+        return [*launcher, "-c", str(self.config / "bootstrap.json"), "--concurrency", workers, *options]
+
+    @property
+    def admin_address(self) -> Path:
+        return self.config / "admin" / "address.txt"
+
+    def admin(self) -> int | None:
+        """The admin interface's port, None while Envoy is not up."""
+        with contextlib.suppress(OSError, ValueError):
+            return int(self.admin_address.read_text().rpartition(":")[2])
+        return None
+
+    def probe(self, output: Path) -> int | None:
+        del output
+        admin = self.admin()
+        if admin is None or get(admin, "/ready")[0] != 200:
+            return None
+        with contextlib.suppress(ValueError, LookupError):
+            listeners = msgspec.json.decode(get(admin, "/listeners?format=json")[1])["listener_statuses"]
+            return int(listeners[0]["local_address"]["socket_address"]["port_value"])
+        return None
+
+    def in_effect(self) -> tuple[str, str]:
+        """Versions of the clusters (none of them warming any more) and of the routes that Envoy works by."""
+        dump = self._get("/config_dump")
+        clusters = routes = ""
+        for part in dump.get("configs", ()):
+            if part["@type"].endswith("ClustersConfigDump") and not part.get("dynamic_warming_clusters"):
+                clusters = part.get("version_info", "")
+            if part["@type"].endswith("RoutesConfigDump"):
+                for config in part.get("dynamic_route_configs", ()):
+                    routes = config.get("version_info", "")
+        return clusters, routes
+
+    def healthy(self) -> set[str]:
+        """Names of the clusters all of whose hosts pass the health check."""
+        names = set()
+        for cluster in self._get("/clusters?format=json").get("cluster_statuses", ()):
+            hosts = cluster.get("host_statuses", ())
+            if hosts and not any(h.get("health_status", {}).get("failed_active_health_check") for h in hosts):
+                names.add(cluster["name"])
+        return names
+
+    def drain(self, timeout_s: float) -> None:
+        """Close the listener and wait until no request is under way."""
+        admin = self.admin()
+        if admin is None:
+            return
+        get(admin, "/drain_listeners", method="POST")
+        until = time.monotonic() + timeout_s
+        while time.monotonic() < until:
+            answer = get(admin, "/stats?filter=http.gateway.downstream_rq_active$")[1]
+            if not answer or answer.strip().endswith(b" 0"):
+                return
+            time.sleep(0.02)
+
+    def _get(self, path: str) -> dict[str, Any]:
+        admin = self.admin()
+        status, body = (0, b"") if admin is None else get(admin, path)
+        return dict(msgspec.json.decode(body)) if status == 200 else {}
+
+
+def get(port: int, path: str, *, method: str = "GET") -> tuple[int, bytes]:
+    """One HTTP request to 127.0.0.1: status and body; status 0 if there was no answer within a second."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PROBE_TIMEOUT_S)
+    try:
+        connection.request(method, path)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    except (OSError, http.client.HTTPException):
+        return 0, b""
+    finally:
+        connection.close()
+
+
+def _announced_port(output: Path) -> int | None:
+    """The port in the JSON line that a predictor prints once it listens."""
+    with contextlib.suppress(OSError, msgspec.DecodeError, KeyError, TypeError):
+        first, newline, _rest = output.read_bytes().partition(b"\n")
+        if newline:
+            return int(msgspec.json.decode(first)["port"])
+    return None

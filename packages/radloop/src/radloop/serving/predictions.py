@@ -1,0 +1,234 @@
+"""The prediction log: one JSON line a prediction, in files that only grow.
+
+Rows hold pseudonyms only. They are written by a background thread every `interval_s` and fsynced, so that an answer does
+not wait for the disk: a process killed by SIGKILL loses at most the rows of its last interval. The last line of a file
+may be torn by such a kill; the reader leaves it out.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import uuid
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, TypedDict
+
+import msgspec
+
+from radloop.errors import DataError
+
+FLUSH_INTERVAL_S = 0.2
+CHAMPION = "champion"
+CHALLENGER = "challenger"
+OK = "ok"
+
+
+class PredictionRow(TypedDict):
+    """One answered request. What is unknown (a tensor has no patient, a refusal no probability) is None or empty.
+
+    `request_id` is the gateway's x-request-id: the champion's and the challenger's answer to one request share it.
+    `served` is false for the copy of a request whose answer the gateway threw away (shadow).
+    """
+
+    prediction_id: str
+    request_id: str
+    at: str  # UTC, ISO 8601
+    model_name: str
+    version: str
+    model_digest: str
+    role: str  # "champion" or "challenger" when the request came in
+    served: bool
+    compared_with: str | None  # model_digest of the other model that the gateway sent this request to
+    sop_uid: str | None
+    study_uid: str | None
+    patient: str | None
+    site: str | None
+    input_digest: str | None  # SHA-256 of the DICOM bytes or of the tensor's bytes
+    tags: dict[str, Any]  # a part of dicom.tags.describe: TAGS
+    features: dict[str, float]  # f_*, imaging.pixels.features
+    probability: float | None
+    decision: int | None
+    latency_ms: float
+    status: str  # "ok", or the reason the request was refused
+
+
+class Pair(msgspec.Struct, frozen=True):
+    """The two answers to one request; `challenger` is None if it never answered."""
+
+    champion: PredictionRow
+    challenger: PredictionRow | None
+
+
+class PredictionLog:
+    """Appends rows to `{directory}/{label}-{start}-{pid}.jsonl`.
+
+    Args:
+        directory: made if absent (0700).
+        label: the model's version, for whoever looks at the folder; anything but letters, digits, `.`, `_` becomes `_`.
+        interval_s: how long a row may wait in memory, in seconds.
+
+    `pending` and `failures` say how many rows wait and how often writing failed: with a full disk rows are kept in memory
+    and tried again.
+    """
+
+    def __init__(self, directory: Path, label: str, *, interval_s: float = FLUSH_INTERVAL_S) -> None:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        name = "".join(c if c.isalnum() or c in "._" else "_" for c in label) or "model"
+        start = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+        self.path = directory / f"{name}-{start}-{os.getpid()}-{uuid.uuid4().hex[:4]}.jsonl"
+        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+        self._encoder = msgspec.json.Encoder()
+        self._rows: list[PredictionRow] = []
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._interval_s = interval_s
+        self.failures = 0
+        self._whole = 0  # bytes of the file that are whole lines
+        self._thread = threading.Thread(target=self._run, name="prediction-log", daemon=True)
+        self._thread.start()
+
+    def append(self, row: PredictionRow) -> None:
+        """Hand a row over; returns at once. Safe from any thread."""
+        with self._lock:
+            self._rows.append(row)
+
+    @property
+    def pending(self) -> int:
+        """Rows that are not on disk yet."""
+        return len(self._rows)
+
+    def close(self) -> None:
+        """Write what waits and close the file."""
+        self._closing.set()
+        self._thread.join()
+        os.close(self._file)
+
+    def _run(self) -> None:
+        while not self._closing.wait(self._interval_s):
+            self._flush()
+        self._flush()
+
+    def _flush(self) -> None:
+        with self._lock:
+            rows, self._rows = self._rows, []
+        if not rows:
+            return
+        data = b"".join(self._encoder.encode(row) + b"\n" for row in rows)
+        try:
+            self._write(data)
+        except OSError:
+            self.failures += 1
+            with self._lock:
+                self._rows = rows + self._rows
+
+    def _write(self, data: bytes) -> None:
+        """All of it or, as far as the file is concerned, nothing: a half-written batch is cut off again."""
+        written = 0
+        try:
+            while written < len(data):
+                written += os.write(self._file, data[written:])
+            os.fsync(self._file)
+        except OSError:
+            os.ftruncate(self._file, self._whole)
+            raise
+        self._whole += len(data)
+
+
+def read(directory: Path, *, status: str | None = None) -> Iterator[PredictionRow]:
+    """All rows of all files, file by file in name order, rows in the order they were written.
+
+    Args:
+        directory: may be absent: no rows.
+        status: only rows of this status, such as "ok".
+
+    Raises:
+        DataError: a line that is not the torn end of a file cannot be read.
+    """
+    for path in _paths(directory):
+        for row in _rows(path):
+            if status is None or row["status"] == status:
+                yield row
+
+
+def find(directory: Path, prediction_id: str) -> PredictionRow | None:
+    """The row of one prediction, None if there is none."""
+    needle = prediction_id.encode()
+    for path in _paths(directory):
+        if needle in path.read_bytes():
+            for row in _rows(path):
+                if row["prediction_id"] == prediction_id:
+                    return row
+    return None
+
+
+def pairs(directory: Path, champion_digest: str, challenger_digest: str, *, settle_s: float = 2.0) -> list[Pair]:
+    """Requests that the gateway sent to both models, with both answers; see `join`."""
+    settled = datetime.now(UTC) - timedelta(seconds=settle_s)
+    return join(read(directory), champion_digest, challenger_digest, settled=settled.isoformat())
+
+
+def join(
+    rows: Iterable[PredictionRow], champion_digest: str, challenger_digest: str, *, settled: str | None = None
+) -> list[Pair]:
+    """Pair the answers of two models, oldest first.
+
+    Two rows pair when request_id and input_digest agree. Of repeated answers (a retried request) the best counts: an ok
+    one before a refusal, then a served one, then the last. A champion's ok answer to a request that the gateway also sent
+    to the challenger is there with `challenger=None` if the challenger has no row for it.
+
+    Args:
+        settled: UTC, ISO 8601: a missing answer to a request later than this may still come and is no pair yet.
+
+    Raises:
+        DataError: both digests are the same.
+    """
+    if champion_digest == challenger_digest:
+        raise DataError("a model cannot be compared with itself", got=champion_digest)
+    answers: dict[str, dict[tuple[str, str | None], PredictionRow]] = {champion_digest: {}, challenger_digest: {}}
+    for row in rows:
+        mine = answers.get(row["model_digest"])
+        if mine is not None:
+            key = (row["request_id"], row["input_digest"])
+            if key not in mine or _rank(row) >= _rank(mine[key]):
+                mine[key] = row
+    theirs = answers[challenger_digest]
+    joined = [
+        Pair(champion=row, challenger=theirs.get(key))
+        for key, row in answers[champion_digest].items()
+        if key in theirs or _is_unanswered(row, challenger_digest, settled)
+    ]
+    return sorted(joined, key=lambda pair: (pair.champion["at"], pair.champion["prediction_id"]))
+
+
+def _is_unanswered(row: PredictionRow, challenger_digest: str, settled: str | None) -> bool:
+    sent_to_both = row["status"] == OK and row["compared_with"] == challenger_digest
+    return sent_to_both and (settled is None or row["at"] < settled)
+
+
+def _rank(row: PredictionRow) -> tuple[bool, bool, str]:
+    return row["status"] == OK, row["served"], row["at"]
+
+
+_decoder = msgspec.json.Decoder(PredictionRow)
+
+
+def _paths(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*.jsonl")) if directory.is_dir() else []
+
+
+def _rows(path: Path) -> Iterator[PredictionRow]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return  # torn by a kill, or being written at this moment
+            try:
+                yield _decoder.decode(line)
+            except msgspec.DecodeError as error:
+                raise DataError(
+                    "a line of the prediction log cannot be read",
+                    expected="one JSON object as radloop's predictor writes it",
+                    got=f"line {number} of {path.name}: {error}",
+                    next_step="the file was changed or damaged; restore it, or move it out of the folder",
+                ) from None

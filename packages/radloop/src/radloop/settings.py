@@ -1,0 +1,218 @@
+"""radloop.toml: what a project says of itself. Read in `cli/` and `stages/` only; other rooms get plain values.
+
+The project folder holds radloop.toml, the keys, and everything radloop makes (see docs/house.md).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from radloop.errors import SettingsError
+
+FILE = "radloop.toml"
+
+
+class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class Task(_Section):
+    """What is predicted."""
+
+    name: str = "finding"
+    positive: list[str] = ["1", "true", "yes", "positive"]
+    negative: list[str] = ["0", "false", "no", "negative"]
+    intended_use: str = ""
+    prevalence: float | None = None
+
+
+class Listen(_Section):
+    """The C-STORE listener: calling AE titles it knows, each with its site code."""
+
+    ae_title: str = "RADLOOP"
+    host: str = "127.0.0.1"
+    port: int = 11112
+    senders: dict[str, str] = {}
+
+
+class Folder(_Section):
+    """A folder of DICOM that `ingest` reads, and the site code of what lies in it."""
+
+    path: str
+    site: str
+
+
+class Ingest(_Section):
+    """What besides the listener brings images."""
+
+    folders: list[Folder] = []
+
+
+class Deidentify(_Section):
+    """How identity is removed (DICOM PS3.15 Annex E)."""
+
+    profile: str = "research"
+    key: str = "file:radloop.key"
+    crosswalk_key: str = "file:crosswalk.key"
+
+
+class Accept(_Section):
+    """What images the task is for; anything else is quarantined, and refused by the predictor."""
+
+    modalities: list[str] = ["CR", "DX"]
+    sop_classes: list[str] = []
+
+
+class Split(_Section):
+    """Shares of patients. A patient's part is decided once and kept for ever."""
+
+    train: float = 0.6
+    validation: float = 0.15
+    test: float = 0.25
+
+
+class Release(_Section):
+    """How a challenger reaches patients."""
+
+    clinical_canary: bool = False
+    approver_role: str = "clinical"
+    steps: list[int] = [5, 25, 50, 100]
+    judge: dict[str, Any] = {}
+    wait_s: float = 600.0
+
+
+class Serve(_Section):
+    """Where predictions are served."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    token: str = ""
+
+
+class Watch(_Section):
+    """When production is called drifted, and when to train again."""
+
+    window_patients: int = 500
+    drift: dict[str, Any] = {}
+    retrain_patients_per_class: int = 20
+    label_request_size: int = 100
+
+
+class Alerts(_Section):
+    """Where alerts go; without a host they stay in the ledger."""
+
+    smtp_host: str = ""
+    smtp_port: int = 25
+    smtp_security: str = "none"
+    sender: str = "radloop@localhost"
+    recipients: list[str] = []
+
+
+class Mlflow(_Section):
+    """Tracking and registry. Empty: SQLite and a folder in the project."""
+
+    uri: str = ""
+    artifacts: str = ""
+    experiment: str = ""
+
+
+class Settings(_Section):
+    """radloop.toml, decoded."""
+
+    task: Task = Task()
+    listen: Listen = Listen()
+    ingest: Ingest = Ingest()
+    deidentify: Deidentify = Deidentify()
+    accept: Accept = Accept()
+    quality: dict[str, Any] = {}
+    preprocess: dict[str, Any] = {}
+    split: Split = Split()
+    train: dict[str, Any] = {}
+    evaluate: dict[str, Any] = {}
+    gates: dict[str, Any] = {}
+    release: Release = Release()
+    serve: Serve = Serve()
+    watch: Watch = Watch()
+    alerts: Alerts = Alerts()
+    mlflow: Mlflow = Mlflow()
+    catalog: str = ""
+    environments: dict[str, str] = {}
+
+
+def load(project: Path) -> Settings:
+    """Read `project/radloop.toml`.
+
+    Raises:
+        SettingsError: no such file, no TOML, an unknown name (with the nearest known one), or a value of a wrong type.
+    """
+    path = project / FILE
+    try:
+        data = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise SettingsError(
+            f"there is no {FILE} here", expected=f"a project folder with {FILE}", got=str(project), next_step="radloop init"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{FILE} is no valid TOML", expected="TOML 1.0", got=str(error)) from None
+    try:
+        return msgspec.convert(data, Settings)
+    except msgspec.ValidationError as error:
+        raise SettingsError(f"{FILE}: {error}", next_step=_nearest(str(error)) or "see the comments in it") from None
+
+
+def _nearest(message: str) -> str | None:
+    """The known name nearest to the unknown one that msgspec's message names."""
+    if "unknown field" not in message:
+        return None
+    wrong = message.split("`")[1]
+    names = {n for section in _sections(Settings) for n in section.__struct_fields__}
+    near = difflib.get_close_matches(wrong, names, 1)
+    return f"did you mean {near[0]!r}?" if near else None
+
+
+def _sections(struct: type[msgspec.Struct]) -> list[type[msgspec.Struct]]:
+    found = [struct]
+    for field in msgspec.structs.fields(struct):
+        if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
+            found += _sections(field.type)
+    return found
+
+
+def secret(reference: str, project: Path) -> bytes:
+    """The value of a secret reference: `env:NAME`, or `file:PATH` (relative to the project folder; mode 0600).
+
+    Raises:
+        SettingsError: it is not there, is empty, or can be read by others. Never repeats a value.
+    """
+    kind, _, name = reference.partition(":")
+    if kind == "env" and name:
+        value = os.environ.get(name, "")
+        if not value:
+            raise SettingsError(f"the secret {reference} is not set", expected=f"an environment variable {name}")
+        return value.encode()
+    if kind != "file" or not name:
+        raise SettingsError("a secret is no reference", expected="env:NAME or file:PATH")
+    path = project / name
+    try:
+        mode = path.stat().st_mode & 0o777
+        value_bytes = path.read_bytes().strip()
+    except FileNotFoundError:
+        raise SettingsError(
+            f"the secret {reference} is missing",
+            expected=str(path),
+            next_step="restore it from your backup; `radloop init` makes one for a new project only",
+        ) from None
+    if mode & 0o077:
+        raise SettingsError(
+            f"the secret {reference} can be read by others", expected="mode 600", got=f"mode {mode:o}",
+            next_step=f"chmod 600 {path}",
+        )
+    if not value_bytes:
+        raise SettingsError(f"the secret {reference} is empty", next_step="restore it from your backup")
+    return value_bytes
