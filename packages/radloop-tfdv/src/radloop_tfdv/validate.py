@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from google.protobuf import text_format
 from tensorflow_metadata.proto.v0 import anomalies_pb2, schema_pb2, statistics_pb2
@@ -112,7 +113,7 @@ def validate(
 
     Raises:
         ArtifactError: the table or the baseline is missing or damaged.
-        DataError: the table has no rows, or none of the columns.
+        DataError: the table has no rows, none of the columns, or an infinity.
         SettingsError: the reviewed schema cannot be read.
     """
     statistics = compute_statistics(table)
@@ -153,7 +154,7 @@ def compute_statistics(table: Path) -> Any:
 
     Raises:
         ArtifactError: no such file, or no Parquet.
-        DataError: no rows, or none of the columns.
+        DataError: no rows, none of the columns, or an infinity.
     """
     options = tfdv.StatsOptions(num_top_values=TOP_VALUES, num_values_histogram_buckets=2)
     return tfdv.generate_statistics_from_dataframe(_frame(table), stats_options=options, n_jobs=1)
@@ -183,8 +184,17 @@ def _frame(table: Path) -> pd.DataFrame:
     if columns.num_rows == 0:
         raise DataError("the table has no rows", expected="at least one instance", next_step="radloop quarantine list")
     typed = pa.table({name: _typed(name, columns.column(name)) for name in names})
+    _refuse_infinities(typed)
     # pandas' own integers would become floats where a value is missing, and TFDV would call that a changed type.
     return typed.to_pandas(ignore_metadata=True, types_mapper={pa.int64(): pd.Int64Dtype()}.get)
+
+
+def _refuse_infinities(table: Any) -> None:
+    """TFDV would turn one infinity into moments and histograms that are no numbers."""
+    real = [field.name for field in table.schema if pa.types.is_floating(field.type)]
+    infinite = [name for name in real if pc.any(pc.is_inf(table.column(name))).as_py()]
+    if infinite:
+        raise DataError("a feature is infinite", expected="finite numbers, or none at all", got=", ".join(infinite))
 
 
 def _typed(name: str, column: Any) -> Any:
@@ -270,10 +280,13 @@ def _drift(statistics: Any, previous: Any, schema: Any, jensen_shannon_max: floa
     instances = {"instances": int(statistics.datasets[0].num_examples)}
     if previous is None:
         return {**instances, "baseline_instances": None, "features": []}
+    is_text = {feature.path.step[0]: not feature.HasField("num_stats") for feature in statistics.datasets[0].features}
     compared = schema_pb2.Schema()
     compared.CopyFrom(schema)
     for feature in compared.feature:
         text = feature.type == schema_pb2.BYTES
+        if is_text.get(feature.name) is not text:  # gone or of another type: an anomaly already, with nothing to compare
+            continue
         for comparator in (feature.drift_comparator, feature.skew_comparator):
             if comparator.ByteSize() == 0:
                 measure = comparator.infinity_norm if text else comparator.jensen_shannon_divergence

@@ -26,8 +26,8 @@ class Task(_Section):
     """What is predicted."""
 
     name: str = "finding"
-    positive: list[str] = ["1", "true", "yes", "positive"]
-    negative: list[str] = ["0", "false", "no", "negative"]
+    positive: tuple[str, ...] = ("1", "true", "yes", "positive")
+    negative: tuple[str, ...] = ("0", "false", "no", "negative")
     intended_use: str = ""
     prevalence: float | None = None
 
@@ -51,7 +51,7 @@ class Folder(_Section):
 class Ingest(_Section):
     """What besides the listener brings images."""
 
-    folders: list[Folder] = []
+    folders: tuple[Folder, ...] = ()
 
 
 class Deidentify(_Section):
@@ -65,13 +65,17 @@ class Deidentify(_Section):
 class Accept(_Section):
     """What images the task is for; anything else is quarantined, and refused by the predictor."""
 
-    modalities: list[str] = ["CR", "DX"]
-    sop_classes: list[str] = []
+    modalities: tuple[str, ...] = ("CR", "DX")
+    sop_classes: tuple[str, ...] = ()
 
 
 class Split(_Section):
-    """Shares of patients. A patient's part is decided once and kept for ever."""
+    """Shares of patients. A patient's part is decided once and kept for ever.
 
+    `given`: the label task that holds a split you brought (radloop labels import ... --task split); it must not leak.
+    """
+
+    given: str = ""
     train: float = 0.6
     validation: float = 0.15
     test: float = 0.25
@@ -82,7 +86,7 @@ class Release(_Section):
 
     clinical_canary: bool = False
     approver_role: str = "clinical"
-    steps: list[int] = [5, 25, 50, 100]
+    steps: tuple[int, ...] = (5, 25, 50, 100)
     judge: dict[str, Any] = {}
     wait_s: float = 600.0
 
@@ -111,7 +115,7 @@ class Alerts(_Section):
     smtp_port: int = 25
     smtp_security: str = "none"
     sender: str = "radloop@localhost"
-    recipients: list[str] = []
+    recipients: tuple[str, ...] = ()
 
 
 class Mlflow(_Section):

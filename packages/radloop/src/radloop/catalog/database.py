@@ -12,13 +12,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
+import msgspec
+from sqlalchemy import Connection, Engine, RowMapping, create_engine, event, inspect, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 
 from radloop.errors import EngineError, SettingsError
+
+T = TypeVar("T")
 
 SCHEMA_VERSIONS = ("0001",)
 """Every schema version this code knows, oldest first; the last is what it works with."""
@@ -145,6 +148,12 @@ class Database:
                 next_step="upgrade radloop on this machine; an older one would not keep what the newer one recorded",
             )
         return version
+
+
+def as_struct(row: RowMapping, kind: type[T]) -> T:
+    """A row as the struct of the same field names; columns the struct has not are left out."""
+    # A key may be SQLAlchemy's quoted_name, a subclass that msgspec refuses.
+    return msgspec.convert({str(name): value for name, value in row.items()}, kind)
 
 
 def _version(connection: Connection) -> str | None:

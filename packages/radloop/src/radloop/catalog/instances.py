@@ -11,7 +11,7 @@ import msgspec
 from sqlalchemy import Connection, RowMapping, Select, and_, func, insert, or_, select, update
 
 from radloop.catalog import ledger, schema
-from radloop.catalog.database import Database
+from radloop.catalog.database import Database, as_struct
 from radloop.catalog.lineage import flag_affected
 from radloop.catalog.schema import (
     Archived,
@@ -54,21 +54,27 @@ class Instances(Database):
         Safe to repeat after a kill at any moment: what had been committed is SAME.
         """
         with self._write() as connection:
-            verdicts = [_record(connection, row) for row in rows]
+            verdicts = _record_unseen(connection, rows)
         return [
-            self._record_compared(row, same_pixels, verdict) if isinstance(verdict, Instance) else verdict
+            self._record_compared(row, same_pixels) if verdict is None else verdict
             for row, verdict in zip(rows, verdicts, strict=True)
         ]
 
-    def _record_compared(self, row: InstanceRow, same_pixels: SamePixels, stored: Instance) -> Recorded:
+    def _record_compared(self, row: InstanceRow, same_pixels: SamePixels) -> Recorded:
         """Compare outside of any transaction, decide inside one; again when another writer came between."""
-        while True:
+        stored = self.current(row.sop_uid)
+        while stored is not None and self.known(row.source_sha256, row.key_id) is None:
             same = same_pixels(row, stored)
             with self._write() as connection:
-                verdict = _record(connection, row, compared=(stored.source_sha256, same))
-            if isinstance(verdict, Recorded):
-                return verdict
-            stored = verdict
+                latest = _current(connection, row.sop_uid)
+                if latest is not None and latest.source_sha256 == stored.source_sha256:
+                    if same:
+                        _revise(connection, row, latest, actor=row.sender)
+                    return Recorded.REVISION if same else Recorded.CONFLICT
+            stored = latest
+        if row.file_key is not None:
+            self.add_file_keys([(row.file_key, row.sop_uid)])
+        return Recorded.SAME
 
     def replace(self, row: InstanceRow, *, by: str) -> Recorded:
         """Record `row` as the latest revision although its pixels differ: a person (`by`) decided a conflict.
@@ -77,10 +83,10 @@ class Instances(Database):
         """
         with self._write() as connection:
             current = _current(connection, row.sop_uid)
-            if _known(connection, row.source_sha256, row.key_id) is not None:
+            if _known_sources(connection, [row.source_sha256], row.key_id):
                 return Recorded.SAME
             if current is None:
-                _insert(connection, row, 1)
+                _insert(connection, [row], 1)
                 return Recorded.NEW
             _revise(connection, row, current, actor=by)
             flag_affected(connection, "pixels_replaced", row.sop_uid)
@@ -88,17 +94,12 @@ class Instances(Database):
 
     def known(self, source_sha256: str, key_id: str) -> Instance | None:
         """The revision that came in these bytes, whatever its status."""
-        with self._read() as connection:
-            return _known(connection, source_sha256, key_id)
+        return self.known_sources([source_sha256], key_id).get(source_sha256)
 
     def known_sources(self, source_sha256s: Iterable[str], key_id: str) -> dict[str, Instance]:
         """As `known`, for many: digest -> revision."""
-        found = {}
         with self._read() as connection:
-            for some in chunks(source_sha256s):
-                query = select(_table).where(_table.c.source_sha256.in_(some), _table.c.key_id == key_id)
-                found |= {row["source_sha256"]: instance(row) for row in connection.execute(query).mappings()}
-        return found
+            return _known_sources(connection, source_sha256s, key_id)
 
     def current(self, sop_uid: str) -> Instance | None:
         """The latest revision of an instance, whatever its status."""
@@ -156,8 +157,7 @@ class Instances(Database):
     def add_file_keys(self, keys: Iterable[tuple[str, str]]) -> None:
         """Record that an instance lies under a path: (file key, SOP instance UID); known pairs do nothing."""
         with self._write() as connection:
-            for file_key, sop_uid in keys:
-                _add_file_key(connection, file_key, sop_uid)
+            _add_file_keys(connection, keys)
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Site -> status -> how many revisions."""
@@ -174,16 +174,19 @@ class Instances(Database):
         Derived from the tables in one transaction, so that a kill neither loses nor doubles a batch.
         """
         with self._write() as connection:
-            new = [instance(row) for row in connection.execute(select(_table).where(_table.c.batch.is_(None))).mappings()]
-            refused = connection.execute(select(_held).where(_held.c.batch.is_(None))).mappings().all()
+            open_rows = select(_table).where(_table.c.batch.is_(None))
+            open_held = select(_held).where(_held.c.batch.is_(None), _held.c.revision.is_(None))
+            new = [instance(row) for row in connection.execute(open_rows).mappings()]
+            refused = connection.execute(open_held).mappings().all()
             if not new and not refused:
                 return None
             payload = _batch_payload(new, refused)
             digests = sorted([row.source_sha256 for row in new] + [row["source_sha256"] for row in refused])
             subject = hashlib.sha256("\n".join(digests).encode()).hexdigest()
             seq = ledger.append(connection, ledger.Kind.INGEST, subject, payload, actor=actor)
-            for table in (_table, _held):
-                connection.execute(update(table).where(table.c.batch.is_(None)).values(batch=seq))
+            connection.execute(update(_table).where(_table.c.batch.is_(None)).values(batch=seq))
+            held = (_held.c.batch.is_(None), _held.c.revision.is_(None))
+            connection.execute(update(_held).where(*held).values(batch=seq))
             return payload
 
     # Quarantine
@@ -220,7 +223,12 @@ class Instances(Database):
                     raise DataError("a stage refused an instance that the catalog does not know", got=item.sop_uid)
                 if row["status"] == Status.SUPERSEDED or _released(connection, row["source_sha256"], item.reason):
                     continue
-                values = {"sop_uid": item.sop_uid, "revision": item.revision, "site": row["site"], "detail": item.detail}
+                values = {
+                    "sop_uid": item.sop_uid,
+                    "revision": item.revision,
+                    "site": row["site"],
+                    "detail": item.detail,
+                }
                 _hold(connection, row["source_sha256"], stage, item.reason, values)
                 connection.execute(update(_table).where(where).values(status=Status.QUARANTINED))
                 done.append(item)
@@ -241,7 +249,7 @@ class Instances(Database):
             if value is not None:
                 query = query.where(_held.c[name] == value)
         with self._read() as connection:
-            return [msgspec.convert(dict(row), Quarantined) for row in connection.execute(query).mappings()]
+            return [as_struct(row, Quarantined) for row in connection.execute(query).mappings()]
 
     def quarantine_row(self, quarantine_id: int) -> Quarantined:
         """One row. Raises `DataError` when there is none."""
@@ -251,21 +259,21 @@ class Instances(Database):
             raise DataError(
                 f"quarantine holds no entry {quarantine_id}", next_step="`radloop quarantine list` shows what it holds"
             )
-        return msgspec.convert(dict(row), Quarantined)
+        return as_struct(row, Quarantined)
 
     def settle(self, quarantine_id: int, state: QuarantineState, *, by: str, outcome: str = "") -> None:
         """A person (`by`) retried, released or purged a held entry: its state, and a ledger row.
 
         Released, an instance that a stage had refused is in use again, and that stage does not refuse it again for
-        the same reason.
+        the same reason. Retried, it is `received` again, and every stage looks at it anew.
         """
         row = self.quarantine_row(quarantine_id)
         with self._write() as connection:
             where = (_held.c.id == quarantine_id, _held.c.state == QuarantineState.HELD)
             if not connection.execute(update(_held).where(*where).values(state=state, by=by)).rowcount:
                 return  # somebody settled it already
-            if state == QuarantineState.RELEASED and row.revision is not None:
-                _restore(connection, row)
+            if state != QuarantineState.PURGED and row.revision is not None:
+                _restore(connection, row, keep_archived=state == QuarantineState.RELEASED)
             payload = {"id": row.id, "reason": row.reason, "stage": row.stage, "state": state, "outcome": outcome}
             ledger.append(connection, ledger.Kind.QUARANTINE, row.sop_uid or row.source_sha256, payload, actor=by)
 
@@ -275,7 +283,7 @@ class Instances(Database):
 
 
 def instance(row: RowMapping) -> Instance:
-    return msgspec.convert({name: value for name, value in row.items() if name != "id"}, Instance)
+    return as_struct(row, Instance)
 
 
 def chunks(values: Iterable[T], size: int = CHUNK) -> Iterator[list[T]]:
@@ -283,34 +291,41 @@ def chunks(values: Iterable[T], size: int = CHUNK) -> Iterator[list[T]]:
     return (listed[start : start + size] for start in range(0, len(listed), size))
 
 
-def _record(
-    connection: Connection, row: InstanceRow, *, compared: tuple[str, bool] | None = None
-) -> Recorded | Instance:
-    """Decide and record; or the stored revision with which `row` must be compared first.
+def _record_unseen(connection: Connection, rows: Sequence[InstanceRow]) -> list[Recorded | None]:
+    """Record what is new and pass over what is known; None where the stored pixels must be compared first."""
+    known: dict[tuple[str, str], str] = {}
+    for key_id in {row.key_id for row in rows}:
+        found = _known_sources(connection, [row.source_sha256 for row in rows if row.key_id == key_id], key_id)
+        known |= {(sha256, key_id): stored.sop_uid for sha256, stored in found.items()}
+    taken: set[str] = set()
+    for some in chunks({row.sop_uid for row in rows}):
+        taken |= set(connection.execute(select(_table.c.sop_uid).where(_table.c.sop_uid.in_(some))).scalars())
+    verdicts: list[Recorded | None] = []
+    new = []
+    for row in rows:
+        if (row.source_sha256, row.key_id) in known:
+            verdicts.append(Recorded.SAME)
+        elif row.sop_uid in taken:
+            verdicts.append(None)
+        else:
+            verdicts.append(Recorded.NEW)
+            new.append(row)
+            known[row.source_sha256, row.key_id] = row.sop_uid
+            taken.add(row.sop_uid)
+    if new:
+        _insert(connection, new, 1)
+    same = [row for row, verdict in zip(rows, verdicts, strict=True) if verdict is Recorded.SAME]
+    keys = [(row.file_key, known[row.source_sha256, row.key_id]) for row in same if row.file_key is not None]
+    _add_file_keys(connection, keys)
+    return verdicts
 
-    `compared`: the digest of the stored source with which it was compared, and whether the pixels are the same.
-    """
-    known = _known(connection, row.source_sha256, row.key_id)
-    if known is not None:
-        if row.file_key is not None:
-            _add_file_key(connection, row.file_key, known.sop_uid)
-        return Recorded.SAME
-    current = _current(connection, row.sop_uid)
-    if current is None:
-        _insert(connection, row, 1)
-        return Recorded.NEW
-    if compared is None or compared[0] != current.source_sha256:
-        return current
-    if not compared[1]:
-        return Recorded.CONFLICT
-    _revise(connection, row, current, actor=row.sender)
-    return Recorded.REVISION
 
-
-def _known(connection: Connection, source_sha256: str, key_id: str) -> Instance | None:
-    where = (_table.c.source_sha256 == source_sha256, _table.c.key_id == key_id)
-    row = connection.execute(select(_table).where(*where)).mappings().first()
-    return instance(row) if row is not None else None
+def _known_sources(connection: Connection, source_sha256s: Iterable[str], key_id: str) -> dict[str, Instance]:
+    found: dict[str, Instance] = {}
+    for some in chunks(source_sha256s):
+        query = select(_table).where(_table.c.source_sha256.in_(some), _table.c.key_id == key_id)
+        found |= {row["source_sha256"]: instance(row) for row in connection.execute(query).mappings()}
+    return found
 
 
 def _current(connection: Connection, sop_uid: str) -> Instance | None:
@@ -319,17 +334,10 @@ def _current(connection: Connection, sop_uid: str) -> Instance | None:
     return instance(row) if row is not None else None
 
 
-def _insert(connection: Connection, row: InstanceRow, revision: int) -> None:
-    values = {
-        **msgspec.to_builtins(row),
-        "revision": revision,
-        "received_at": schema.now(),
-        "status": Status.RECEIVED,
-        "tags": {},
-    }
-    connection.execute(insert(_table).values(**values))
-    if row.file_key is not None:
-        _add_file_key(connection, row.file_key, row.sop_uid)
+def _insert(connection: Connection, rows: Sequence[InstanceRow], revision: int) -> None:
+    more = {"revision": revision, "received_at": schema.now(), "status": Status.RECEIVED, "tags": {}}
+    connection.execute(insert(_table), [{**msgspec.to_builtins(row), **more} for row in rows])
+    _add_file_keys(connection, [(row.file_key, row.sop_uid) for row in rows if row.file_key is not None])
 
 
 def _revise(connection: Connection, row: InstanceRow, current: Instance, *, actor: str) -> None:
@@ -338,7 +346,7 @@ def _revise(connection: Connection, row: InstanceRow, current: Instance, *, acto
     connection.execute(update(_table).where(*older).values(status=Status.SUPERSEDED))
     held = (_held.c.sop_uid == row.sop_uid, _held.c.revision.is_not(None), _held.c.state == QuarantineState.HELD)
     connection.execute(update(_held).where(*held).values(state=QuarantineState.RETRIED, by=actor))
-    _insert(connection, row, revision)
+    _insert(connection, [row], revision)
     moved = row.patient != current.patient
     if moved:
         flag_affected(connection, "patient_changed", row.sop_uid)
@@ -346,11 +354,15 @@ def _revise(connection: Connection, row: InstanceRow, current: Instance, *, acto
     ledger.append(connection, ledger.Kind.REVISION, row.sop_uid, payload, actor=actor)
 
 
-def _add_file_key(connection: Connection, file_key: str, sop_uid: str) -> None:
-    files = schema.instance_files
-    where = (files.c.file_key == file_key, files.c.sop_uid == sop_uid)
-    if connection.execute(select(files).where(*where)).first() is None:
-        connection.execute(insert(files).values(file_key=file_key, sop_uid=sop_uid))
+def _add_file_keys(connection: Connection, keys: Iterable[tuple[str, str]]) -> None:
+    files, wanted = schema.instance_files, set(keys)
+    known: set[tuple[str, str]] = set()
+    for some in chunks({file_key for file_key, _ in wanted}):
+        found = connection.execute(select(files.c.file_key, files.c.sop_uid).where(files.c.file_key.in_(some)))
+        known |= {(row.file_key, row.sop_uid) for row in found}
+    new = [{"file_key": file_key, "sop_uid": sop_uid} for file_key, sop_uid in sorted(wanted - known)]
+    if new:
+        connection.execute(insert(files), new)
 
 
 def _hold(connection: Connection, sha256: str, stage: str, reason: Reason, values: dict[str, Any]) -> int:
@@ -374,8 +386,8 @@ def _released(connection: Connection, sha256: str, reason: Reason) -> bool:
     return connection.execute(select(_held.c.id).where(*where)).first() is not None
 
 
-def _restore(connection: Connection, row: Quarantined) -> None:
-    """Put a released instance back in use, unless another stage still holds it."""
+def _restore(connection: Connection, row: Quarantined, *, keep_archived: bool) -> None:
+    """Put an instance back in use, unless it is held for another reason as well."""
     others = (_held.c.source_sha256 == row.source_sha256, _held.c.state == QuarantineState.HELD)
     if connection.execute(select(_held.c.id).where(*others)).first() is not None:
         return
@@ -383,7 +395,7 @@ def _restore(connection: Connection, row: Quarantined) -> None:
         _table.c.sop_uid == row.sop_uid, _table.c.revision == row.revision, _table.c.status == Status.QUARANTINED
     )
     path = connection.execute(select(_table.c.archive_path).where(where)).scalar()
-    status = Status.ARCHIVED if path is not None else Status.RECEIVED
+    status = Status.ARCHIVED if path is not None and keep_archived else Status.RECEIVED
     connection.execute(update(_table).where(where).values(status=status))
 
 

@@ -7,16 +7,13 @@ A row's `key` makes it idempotent: a stage that is killed after its append and r
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import msgspec
 from sqlalchemy import Connection, insert, select
 
 from radloop.catalog import schema
+from radloop.catalog.database import Database, as_struct
 from radloop.catalog.schema import LedgerRow
-
-if TYPE_CHECKING:
-    from radloop.catalog.database import Database
 
 
 class Kind(StrEnum):
@@ -69,7 +66,7 @@ class Ledger:
         if subject is not None:
             query = query.where(schema.ledger.c.subject == subject)
         with self._database._read() as connection:
-            return [msgspec.convert(dict(row._mapping), LedgerRow) for row in connection.execute(query)]
+            return [as_struct(row, LedgerRow) for row in connection.execute(query).mappings()]
 
 
 def append(

@@ -7,6 +7,7 @@ row, dtype), one row an image, sorted by sop_uid. The same rows and preprocessin
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -114,11 +115,17 @@ def _mapper(workers: int) -> Iterator[Callable[..., Iterator[Pixels | tuple[str,
     if workers <= 1:
         yield map
         return
+    before = os.environ.get("OPENBLAS_NUM_THREADS")
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # else the workers' BLAS threads fight for the cores
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     try:
         yield partial(pool.map, chunksize=16)
     finally:
         pool.shutdown(cancel_futures=True)
+        if before is None:
+            del os.environ["OPENBLAS_NUM_THREADS"]
+        else:
+            os.environ["OPENBLAS_NUM_THREADS"] = before
 
 
 class _Shards:
@@ -271,6 +278,6 @@ class Samples:
         return images[0], labels[0]
 
     @staticmethod
-    def whole(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def whole(batch: Any) -> Any:
         """A collate function for batches that already are one."""
         return batch

@@ -49,8 +49,8 @@ def create(description: Architecture) -> nn.Module:
     """A network of one grey channel and one logit, freshly initialised from torch's generator."""
     from monai.networks.nets.densenet import DenseNet
 
-    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in description.arguments.items()}
-    network: nn.Module = DenseNet(spatial_dims=2, in_channels=1, out_channels=1, **arguments)
+    arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in description.arguments.items()}
+    network: nn.Module = DenseNet(**{"spatial_dims": 2, "in_channels": 1, "out_channels": 1, **arguments})
     return network
 
 

@@ -94,7 +94,7 @@ def labelled(table: pa.Table, name: str) -> Part:
     Raises:
         DataError: there are none, or all are of one class: nothing can be learnt or measured then.
     """
-    chosen = table.filter(pc.and_(pc.equal(table["part"], name), pc.is_valid(table["label"]))).sort_by("sop_uid")
+    chosen = table.filter((pc.field("part") == name) & pc.field("label").is_valid()).sort_by("sop_uid")
     labels = np.array(chosen["label"].to_pylist(), dtype=np.int8)
     negative, positive = int((labels == 0).sum()), int((labels == 1).sum())
     if not negative or not positive:
@@ -104,7 +104,8 @@ def labelled(table: pa.Table, name: str) -> Part:
             got=f"{negative} negative and {positive} positive images",
             next_step="add patients or labels (radloop labels import FILE), or raise this part's share in radloop.toml",
         )
-    return Part([str(u) for u in chosen["sop_uid"].to_pylist()], labels, [str(p) for p in chosen["patient"].to_pylist()])
+    uids, patients = ([str(value) for value in chosen[c].to_pylist()] for c in ("sop_uid", "patient"))
+    return Part(uids, labels, patients)
 
 
 def fit(
@@ -223,7 +224,7 @@ class _Loop:
             loss.backward()
             self.optimiser.step()
             self.schedule.step()
-            total, seen, self.done = total + float(loss) * len(labels), seen + len(labels), self.done + 1
+            total, seen, self.done = total + loss.item() * len(labels), seen + len(labels), self.done + 1
             if self.progress is not None:
                 self.progress(self.done, self.steps)
         if not math.isfinite(total):

@@ -137,7 +137,7 @@ class Predictor(msgspec.Struct, frozen=True):
         return port if port is not None and get(port, "/v2/health/ready")[0] == 200 else None
 
 
-class Envoy(msgspec.Struct, frozen=True):
+class Envoy(msgspec.Struct):
     """Envoy with its configuration folder; ends by SIGKILL with its parent."""
 
     config: Path

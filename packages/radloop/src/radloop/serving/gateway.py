@@ -34,6 +34,7 @@ MIRROR_HEADER = "x-radloop-mirror"
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
 REQUEST_TIMEOUT_S = 60
+UPSTREAM_IDLE_S = 30
 _TYPE = "type.googleapis.com/envoy"
 _ROUTE_CONFIG = "radloop"
 
@@ -243,6 +244,7 @@ def _cluster(upstream: Upstream) -> dict[str, Any]:
         "type": "STATIC",
         "connect_timeout": "1s",
         "per_connection_buffer_limit_bytes": MAX_BODY_BYTES,
+        "typed_extension_protocol_options": {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": _idle()},
         "load_assignment": {"cluster_name": upstream.cluster, "endpoints": [{"lb_endpoints": [endpoint]}]},
         "circuit_breakers": {
             "thresholds": [{"max_connections": 1024, "max_pending_requests": 4096, "max_requests": 4096, "max_retries": 1000}]
@@ -257,6 +259,15 @@ def _cluster(upstream: Upstream) -> dict[str, Any]:
                 "http_health_check": {"path": "/v2/health/ready"},
             }
         ],
+    }
+
+
+def _idle() -> dict[str, Any]:
+    """Let go of idle connections before the predictor does: a request must not meet a closing connection."""
+    return {
+        "@type": f"{_TYPE}.extensions.upstreams.http.v3.HttpProtocolOptions",
+        "common_http_protocol_options": {"idle_timeout": f"{UPSTREAM_IDLE_S}s"},
+        "explicit_http_config": {"http_protocol_options": {}},
     }
 
 

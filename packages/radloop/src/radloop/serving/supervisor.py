@@ -116,6 +116,8 @@ class Supervisor:
     def _tick(self) -> None:
         self._read_desired()
         self._gateway.tend()
+        if self._gateway.ready and self._gateway.port:
+            self._envoy.port = self._gateway.port  # should it have to be started again, clients find it where it was
         for digest, ref in self._wanted().items():
             if digest not in self._predictors:
                 self._predictors[digest] = self._predictor(ref)

@@ -135,7 +135,7 @@ class EngineSuite:
     def test_undetermined_gate_waits_for_approval(self, engine: Any, home: Path) -> None:
         """'Insufficient evidence' goes on only when a person says so, and then without running anything twice."""
         waiting = engine(small(ask=True), home=home)
-        assert waiting.status == "waiting"
+        assert waiting.status == "waiting", waiting.message
         assert "radloop approve" in waiting.message
         approve(home, waiting.output("limit.verdict").digest, "clinical")
         assert engine(small(ask=True), home=home).status == "succeeded"
@@ -198,7 +198,7 @@ class EngineSuite:
         assert result.status == "succeeded", result.message
         assert self.values(result, "gather.made") == {"values": [1, 2, 3, 5]}
         engine(b.build(), home=home)
-        assert ran(home, "piece-bb") == 1
+        assert ran(home, "piece-" + b"bb".hex()) == 1
 
     def test_events(self, engine: Any, home: Path) -> None:
         """Whoever watches sees each stage start, move and close, in that order."""

@@ -59,7 +59,7 @@ SCANNERS: dict[str, Scanner] = {
     ),
     "B": Scanner(
         "Boreal Medical", "Boreal DX 300", "DX", 320, 320, 1.34, 14, "MONOCHROME1",
-        photons=1500, blur_px=1.7, exposure=0.04, gain_spread=0.08, equalise=0.55, gamma=1.4, grid=0.02, collimated=0.13, zoom=0.86,
+        photons=1200, blur_px=2.2, exposure=0.04, gain_spread=0.08, equalise=0.65, gamma=1.5, grid=0.02, collimated=0.13, zoom=0.86,
     ),
 }  # fmt: skip
 
@@ -277,7 +277,7 @@ def _opacities(lungs: Plane, x: Plane, y: Plane, rng: Generator) -> Plane:
     for _ in range(int(rng.choice((1, 1, 2, 3)))):
         at = int(rng.choice(inside))
         cx, cy = float(x.flat[at]), float(y.flat[at])
-        size, strength = rng.uniform(0.09, 0.18), rng.uniform(0.7, 1.3)
+        size, strength = rng.uniform(0.11, 0.20), rng.uniform(1.0, 1.6)
         for _ in range(3):
             lobe = (cx + rng.normal(0, 0.6 * size), cy + rng.normal(0, 0.6 * size))
             axes = (size * rng.uniform(0.5, 1.0), size * rng.uniform(0.5, 1.0))

@@ -129,7 +129,7 @@ def listing(items: Out[Listing], *, names: list[str]) -> None:
 @stage
 def piece(of: In[Listing], made: Out[Numbers], *, home: Home, item: str) -> None:
     """One item's work."""
-    mark(home, f"piece-{item}")
+    mark(home, f"piece-{item.encode().hex()}")
     made.write_json("numbers.json", {"values": [len(item)], "item": item})
 
 

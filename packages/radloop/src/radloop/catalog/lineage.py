@@ -1,0 +1,265 @@
+"""Patients' parts, dataset versions, models, label requests: from a model back to its instances, and forth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import msgspec
+from sqlalchemy import Connection, func, insert, or_, select, update
+
+from radloop.catalog import ledger, schema
+from radloop.catalog.database import Database, as_struct
+from radloop.catalog.schema import Affected, Dataset, LabelRequest, Member, Model, Trace
+from radloop.errors import DataError
+
+T = TypeVar("T")
+_CHUNK = 500
+
+
+class Lineage(Database):
+    """What `Catalog` knows of patients, datasets, models and label requests."""
+
+    def assign_parts(self, parts: Mapping[str, str], *, key_id: str) -> dict[str, str]:
+        """Give each patient (a pseudonym) a part, for ever: the part of one who has one already does not change.
+
+        Returns:
+            patient -> the part that holds, which may be another than the one asked for.
+        """
+        table = schema.patients
+        held: dict[str, str] = {}
+        with self._write() as connection:
+            wanted = sorted(parts)
+            for start in range(0, len(wanted), _CHUNK):
+                some = table.c.patient.in_(wanted[start : start + _CHUNK])
+                held |= {row.patient: row.part for row in connection.execute(select(table).where(some))}
+            new = [
+                {"patient": patient, "key_id": key_id, "part": parts[patient], "decided_at": schema.now()}
+                for patient in wanted
+                if patient not in held
+            ]
+            if new:
+                connection.execute(insert(table), new)
+        return {patient: held.get(patient, parts[patient]) for patient in wanted}
+
+    def assign_part(self, patient: str, part: str, *, key_id: str) -> str:
+        """As `assign_parts`, for one patient."""
+        return self.assign_parts({patient: part}, key_id=key_id)[patient]
+
+    def parts(self) -> dict[str, str]:
+        """Patient -> part, of all who have one."""
+        table = schema.patients
+        with self._read() as connection:
+            return {row.patient: row.part for row in connection.execute(select(table).order_by(table.c.patient))}
+
+    def add_dataset(
+        self,
+        digest: str,
+        *,
+        path: str,
+        members: Iterable[Member],
+        parent: str | None = None,
+        counts: Mapping[str, Any] | None = None,
+        actor: str,
+    ) -> int:
+        """Record a dataset version and its members, with a ledger row; its number. A second time: nothing.
+
+        Members whose patient has changed since the version was built flag it at once (`patient_changed`).
+        """
+        table = schema.datasets
+        with self._write() as connection:
+            number = connection.execute(select(table.c.number).where(table.c.digest == digest)).scalar()
+            if number is not None:
+                return int(number)
+            rows = [{"digest": digest, **msgspec.to_builtins(member)} for member in members]
+            number = (connection.execute(select(func.max(table.c.number))).scalar() or 0) + 1
+            values = {"path": path, "parent": parent, "counts": dict(counts or {}), "flags": {}}
+            connection.execute(insert(table).values(digest=digest, number=number, created_at=schema.now(), **values))
+            if rows:
+                connection.execute(insert(schema.dataset_members), rows)
+            _flag_moved_meanwhile(connection, digest)
+            payload = {"number": number, "parent": parent, "counts": dict(counts or {}), "members": len(rows)}
+            ledger.append(connection, ledger.Kind.DATASET, digest, payload, actor=actor, key=f"dataset:{digest}")
+            return int(number)
+
+    def datasets(self) -> list[Dataset]:
+        """All dataset versions in the order of their numbers."""
+        with self._read() as connection:
+            rows = connection.execute(select(schema.datasets).order_by(schema.datasets.c.number)).mappings()
+            return [as_struct(row, Dataset) for row in rows]
+
+    def dataset(self, ref: str) -> Dataset:
+        """The version with this digest, beginning of a digest (6 characters or more), or number.
+
+        Raises:
+            DataError: none, or more than one.
+        """
+        found = [d for d in self.datasets() if str(d.number) == ref or d.digest == ref]
+        if not found and len(ref) >= 6:
+            found = [d for d in self.datasets() if d.digest.startswith(ref)]
+        return _the_one(found, "dataset version", ref, "`radloop dataset list` shows all of them")
+
+    def members(self, digest: str) -> list[Member]:
+        """The instances of a dataset version, sorted by SOP instance UID."""
+        table = schema.dataset_members
+        query = select(table.c.sop_uid, table.c.revision, table.c.patient, table.c.part)
+        query = query.where(table.c.digest == digest).order_by(table.c.sop_uid)
+        with self._read() as connection:
+            return [as_struct(row, Member) for row in connection.execute(query).mappings()]
+
+    def add_model(
+        self,
+        digest: str,
+        *,
+        dataset_digest: str,
+        preprocessing_digest: str,
+        version: str | None = None,
+        info: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Record a model and the dataset version it was trained on; True when it is new.
+
+        A second time: `version` and `info` are updated where given. It inherits its dataset's flags.
+
+        Raises:
+            DataError: the dataset version is unknown, or the model is known with another one.
+        """
+        table = schema.models
+        with self._write() as connection:
+            present = connection.execute(select(table).where(table.c.digest == digest)).mappings().first()
+            if present is not None:
+                if present["dataset_digest"] != dataset_digest:
+                    raise DataError(
+                        "a model cannot change the dataset version it was trained on",
+                        expected=present["dataset_digest"],
+                        got=dataset_digest,
+                    )
+                changed = {"version": version, "info": dict(info) if info is not None else None}
+                changed = {name: value for name, value in changed.items() if value is not None}
+                if changed:
+                    connection.execute(update(table).where(table.c.digest == digest).values(**changed))
+                return False
+            where = schema.datasets.c.digest == dataset_digest
+            dataset = connection.execute(select(schema.datasets.c.flags).where(where)).first()
+            if dataset is None:
+                raise DataError("a model of an unknown dataset version", got=dataset_digest)
+            values = {
+                "digest": digest,
+                "dataset_digest": dataset_digest,
+                "preprocessing_digest": preprocessing_digest,
+                "version": version,
+                "created_at": schema.now(),
+                "info": dict(info or {}),
+                "flags": dataset.flags,
+            }
+            connection.execute(insert(table).values(**values))
+            return True
+
+    def models(self) -> list[Model]:
+        """All models, oldest first."""
+        query = select(schema.models).order_by(schema.models.c.created_at, schema.models.c.digest)
+        with self._read() as connection:
+            return [as_struct(row, Model) for row in connection.execute(query).mappings()]
+
+    def model(self, ref: str) -> Model:
+        """The model with this digest, beginning of a digest (6 characters or more), or registered version.
+
+        Raises:
+            DataError: none, or more than one.
+        """
+        found = [m for m in self.models() if ref in (m.digest, m.version)]
+        if not found and len(ref) >= 6:
+            found = [m for m in self.models() if m.digest.startswith(ref)]
+        return _the_one(found, "model", ref, "`radloop status` shows the models there are")
+
+    def trace(self, model_digest: str) -> Trace:
+        """From a model to its dataset version and the instances in it."""
+        model = self.model(model_digest)
+        return Trace(
+            model=model, dataset=self.dataset(model.dataset_digest), members=self.members(model.dataset_digest)
+        )
+
+    def affected_by(self, sop_uids: Iterable[str]) -> Affected:
+        """Which dataset versions hold any of these instances, and which models were trained on them."""
+        with self._read() as connection:
+            return _affected(connection, sop_uids)
+
+    def open_label_request(self, request_id: str, *, sop_uids: Iterable[str], why: str, actor: str) -> bool:
+        """Open a request for labels, with a ledger row; False when it is there already."""
+        table = schema.label_requests
+        wanted = sorted(set(sop_uids))
+        with self._write() as connection:
+            if connection.execute(select(table.c.id).where(table.c.id == request_id)).first() is not None:
+                return False
+            values = {"opened_at": schema.now(), "status": "open", "sop_uids": wanted, "why": why}
+            connection.execute(insert(table).values(id=request_id, **values))
+            payload = {"why": why, "instances": len(wanted)}
+            key = f"label_request:{request_id}"
+            ledger.append(connection, ledger.Kind.LABEL_REQUEST, request_id, payload, actor=actor, key=key)
+            return True
+
+    def close_label_request(self, request_id: str, *, actor: str) -> bool:
+        """Close a request, with a ledger row; False when it is not open."""
+        table = schema.label_requests
+        with self._write() as connection:
+            where = (table.c.id == request_id, table.c.status == "open")
+            if not connection.execute(update(table).where(*where).values(status="closed")).rowcount:
+                return False
+            payload = {"status": "closed"}
+            key = f"label_request_closed:{request_id}"
+            ledger.append(connection, ledger.Kind.LABEL_REQUEST, request_id, payload, actor=actor, key=key)
+            return True
+
+    def label_requests(self, status: str | None = None) -> list[LabelRequest]:
+        """Requests for labels, oldest first; of one status (`open`, `closed`) or all."""
+        table = schema.label_requests
+        query = select(table).order_by(table.c.opened_at, table.c.id)
+        if status is not None:
+            query = query.where(table.c.status == status)
+        with self._read() as connection:
+            return [as_struct(row, LabelRequest) for row in connection.execute(query).mappings()]
+
+
+def flag_affected(connection: Connection, flag: str, sop_uid: str) -> None:
+    """Flag every dataset version that holds an instance, and every model trained on one."""
+    affected = _affected(connection, [sop_uid])
+    for digest in affected.datasets:
+        _flag(connection, schema.datasets, digest, flag, {sop_uid})
+    for digest in affected.models:
+        _flag(connection, schema.models, digest, flag, {sop_uid})
+
+
+def _flag(connection: Connection, table: Any, digest: str, flag: str, sop_uids: set[str]) -> None:
+    flags = dict(connection.execute(select(table.c.flags).where(table.c.digest == digest)).scalar_one())
+    flags[flag] = sorted({*flags.get(flag, []), *sop_uids})
+    connection.execute(update(table).where(table.c.digest == digest).values(flags=flags))
+
+
+def _flag_moved_meanwhile(connection: Connection, digest: str) -> None:
+    """A revision may have moved an instance to another patient while the version was being built."""
+    member, instance = schema.dataset_members, schema.instances
+    latest = select(func.max(instance.c.revision)).where(instance.c.sop_uid == member.c.sop_uid).scalar_subquery()
+    joined = (instance.c.sop_uid == member.c.sop_uid) & (instance.c.revision == latest)
+    query = select(member.c.sop_uid).join(instance, joined)
+    query = query.where(member.c.digest == digest, instance.c.patient != member.c.patient)
+    moved = set(connection.execute(query).scalars())
+    if moved:
+        _flag(connection, schema.datasets, digest, "patient_changed", moved)
+
+
+def _affected(connection: Connection, sop_uids: Iterable[str]) -> Affected:
+    wanted, member, model = sorted(set(sop_uids)), schema.dataset_members, schema.models
+    datasets: set[str] = set()
+    for start in range(0, len(wanted), _CHUNK):
+        query = select(member.c.digest).where(member.c.sop_uid.in_(wanted[start : start + _CHUNK])).distinct()
+        datasets |= set(connection.execute(query).scalars())
+    if not datasets:
+        return Affected(datasets=[], models=[])
+    clauses = or_(*(model.c.dataset_digest == digest for digest in sorted(datasets)))
+    models = connection.execute(select(model.c.digest).where(clauses).order_by(model.c.digest)).scalars()
+    return Affected(datasets=sorted(datasets), models=list(models))
+
+
+def _the_one(found: list[T], noun: str, ref: str, next_step: str) -> T:
+    if len(found) != 1:
+        raise DataError(f"{'no' if not found else 'more than one'} {noun} is called {ref!r}", next_step=next_step)
+    return found[0]

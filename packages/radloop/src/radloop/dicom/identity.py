@@ -1,0 +1,235 @@
+"""The crosswalk: what each pseudonym stands for. Encrypted, apart from the catalog, every read in the ledger.
+
+It serves retries, results back to the PACS and withdrawal. Values are Fernet tokens (AES-128-CBC, HMAC-SHA256) under a
+key derived from the crosswalk key, which rotates; the pseudonyms, which are the lookup keys, do not depend on it.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import sqlite3
+import threading
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+from pathlib import Path
+
+import msgspec
+from cryptography.fernet import Fernet, InvalidToken, MultiFernet
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from radloop.catalog.database import BUSY_TIMEOUT_MS, storage_errors
+from radloop.catalog.ledger import Kind, Ledger
+from radloop.errors import SettingsError
+
+MIN_KEY_BYTES = 32
+_CHECK = b"radloop crosswalk"
+
+
+class Identity(StrEnum):
+    """What a pseudonym stands for, and which values the crosswalk keeps for it."""
+
+    PATIENT = "patient"
+    """PatientID, IssuerOfPatientID, site."""
+    ACCESSION = "accession"
+    """AccessionNumber."""
+    STUDY = "study"
+    """StudyInstanceUID."""
+    SERIES = "series"
+    """SeriesInstanceUID."""
+    INSTANCE = "instance"
+    """SOPInstanceUID."""
+    SOURCE = "source"
+    """Keyed by the digest of the bytes as received: site, sender, path. What recovery and a retry need."""
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """One identity: `pseudonym` (or digest) -> `values`, original and identifying."""
+
+    kind: Identity
+    pseudonym: str
+    values: dict[str, str]
+
+    def __repr__(self) -> str:
+        return f"Entry({self.kind!r}, {self.pseudonym!r})"  # an entry in a log must not say who
+
+
+class Crosswalk:
+    """An encrypted SQLite file (0600) in a folder of its own (0700). Safe for several threads and processes.
+
+    Args:
+        path: `home/identity/crosswalk.db`; made when missing.
+        keys: secret keys of at least 32 bytes, the newest first. It encrypts; all decrypt, so a rotation that was
+            interrupted is readable with both.
+        ledger: where every read is recorded.
+
+    Raises:
+        SettingsError: a key is too short, or none of them opens this crosswalk.
+    """
+
+    def __init__(self, path: Path, keys: bytes | Sequence[bytes], ledger: Ledger) -> None:
+        self._path = Path(path)
+        self._ciphers = [_cipher(key) for key in ([keys] if isinstance(keys, bytes) else keys)]
+        if not self._ciphers:
+            raise SettingsError("the crosswalk needs a key", next_step="`radloop init` makes one")
+        self._ledger = ledger
+        self._lock = threading.RLock()
+        self._connection: sqlite3.Connection | None = None
+        self._pid = 0
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(self._path, os.O_CREAT | os.O_WRONLY, 0o600))
+        with storage_errors("crosswalk"), self._lock:
+            self._check_key()
+
+    @staticmethod
+    def new_key() -> bytes:
+        """A new random key, 64 hex digits."""
+        return os.urandom(32).hex().encode()
+
+    def close(self) -> None:
+        """Close the file; the object opens it again when it is used."""
+        with self._lock:
+            if self._connection is not None and self._pid == os.getpid():
+                self._connection.close()
+            self._connection = None
+
+    def put_many(self, entries: Iterable[Entry]) -> int:
+        """Keep what pseudonyms stand for, in one durable commit; how many were new. What is there already stays.
+
+        Raises:
+            StorageFull: the disk is full; nothing was kept.
+        """
+        unique = {(entry.kind, entry.pseudonym): entry for entry in reversed(list(entries))}
+        with storage_errors("crosswalk"), self._lock:
+            database = self._open()
+            keys = [(kind.value, pseudonym) for kind, pseudonym in unique]
+            known = set()
+            for key in keys:
+                if database.execute("SELECT 1 FROM identity WHERE kind = ? AND pseudonym = ?", key).fetchone():
+                    known.add(key)
+            cipher = MultiFernet(self._ciphers)
+            new = [
+                (entry.kind.value, entry.pseudonym, cipher.encrypt(msgspec.json.encode(entry.values)))
+                for key, entry in unique.items()
+                if (key[0].value, key[1]) not in known
+            ]
+            if not new:
+                return 0
+            with _transaction(database):
+                # OR IGNORE: another process may have put the same since.
+                database.executemany("INSERT OR IGNORE INTO identity (kind, pseudonym, value) VALUES (?, ?, ?)", new)
+        return len(new)
+
+    def get(self, kind: Identity, pseudonym: str, *, who: str, why: str) -> dict[str, str] | None:
+        """What one pseudonym stands for; None when the crosswalk does not know it. Recorded in the ledger first."""
+        return self.get_many(kind, [pseudonym], who=who, why=why).get(pseudonym)
+
+    def get_many(self, kind: Identity, pseudonyms: Iterable[str], *, who: str, why: str) -> dict[str, dict[str, str]]:
+        """Pseudonym -> values, of those that are known.
+
+        The ledger gets one `audit` row a call, before anything is returned: who, why and which pseudonyms, no value.
+        """
+        wanted = sorted(set(pseudonyms))
+        payload = {"action": "read", "kind": kind, "why": why, "pseudonyms": wanted}
+        self._ledger.append(Kind.AUDIT, "crosswalk", payload, actor=who)
+        found = {}
+        cipher = MultiFernet(self._ciphers)
+        with self._lock:
+            for pseudonym in wanted:
+                query = "SELECT value FROM identity WHERE kind = ? AND pseudonym = ?"
+                row = self._open().execute(query, (kind.value, pseudonym)).fetchone()
+                if row is not None:
+                    found[pseudonym] = msgspec.json.decode(cipher.decrypt(row[0]), type=dict[str, str])
+        return found
+
+    def count(self) -> int:
+        """How many identities are kept."""
+        with self._lock:
+            return int(self._open().execute("SELECT count(*) FROM identity").fetchone()[0])
+
+    def rotate(self, new_key: bytes, *, by: str) -> int:
+        """Encrypt everything anew under `new_key`, in one transaction; how many values.
+
+        Order that survives a kill at any moment: write the new key in front of the old one in the key file, rotate,
+        then take the old one out. Until then open the crosswalk with both.
+        """
+        with storage_errors("crosswalk"), self._lock:
+            ciphers = [_cipher(new_key), *self._ciphers]
+            cipher = MultiFernet(ciphers)
+            database = self._open()
+            with _transaction(database):
+                rows = database.execute("SELECT kind, pseudonym, value FROM identity").fetchall()
+                database.executemany(
+                    "UPDATE identity SET value = ? WHERE kind = ? AND pseudonym = ?",
+                    ((cipher.rotate(value), kind, pseudonym) for kind, pseudonym, value in rows),
+                )
+                database.execute("UPDATE key_check SET value = ?", (ciphers[0].encrypt(_CHECK),))
+            # What the old key can open must not linger in free pages or in the log.
+            database.execute("VACUUM")
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._ciphers = [ciphers[0]]
+        self._ledger.append(Kind.AUDIT, "crosswalk", {"action": "rotate", "values": len(rows)}, actor=by)
+        return len(rows)
+
+    def _open(self) -> sqlite3.Connection:
+        """This process's connection; a forked child never touches its parent's."""
+        if self._connection is None or self._pid != os.getpid():
+            connection = sqlite3.connect(
+                self._path, timeout=BUSY_TIMEOUT_MS / 1000, isolation_level=None, check_same_thread=False
+            )
+            for pragma in ("journal_mode = WAL", "synchronous = FULL", "secure_delete = ON"):
+                connection.execute(f"PRAGMA {pragma}")
+            self._connection, self._pid = connection, os.getpid()
+        return self._connection
+
+    def _check_key(self) -> None:
+        database = self._open()
+        with _transaction(database):
+            database.execute(
+                "CREATE TABLE IF NOT EXISTS identity "
+                "(kind TEXT, pseudonym TEXT, value BLOB NOT NULL, PRIMARY KEY (kind, pseudonym)) WITHOUT ROWID"
+            )
+            database.execute("CREATE TABLE IF NOT EXISTS key_check (value BLOB NOT NULL)")
+            row = database.execute("SELECT value FROM key_check").fetchone()
+            if row is None:
+                database.execute("INSERT INTO key_check VALUES (?)", (self._ciphers[0].encrypt(_CHECK),))
+                return
+        try:
+            MultiFernet(self._ciphers).decrypt(row[0])
+        except InvalidToken:
+            self.close()
+            raise SettingsError(
+                "the crosswalk key does not open this crosswalk",
+                expected="the key it was last encrypted with",
+                got="another key",
+                next_step="put the right crosswalk.key beside radloop.toml; without it the crosswalk cannot be read",
+            ) from None
+
+
+class _transaction:  # noqa: N801 (used as a statement)
+    """BEGIN IMMEDIATE, then commit, or roll back on any exception."""
+
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._database = database
+
+    def __enter__(self) -> None:
+        self._database.execute("BEGIN IMMEDIATE")
+
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is None:
+            self._database.execute("COMMIT")
+        elif self._database.in_transaction:
+            self._database.execute("ROLLBACK")
+
+
+def _cipher(key: bytes) -> Fernet:
+    if len(key) < MIN_KEY_BYTES:
+        raise SettingsError(
+            "the crosswalk key is too short",
+            expected=f"at least {MIN_KEY_BYTES} random bytes",
+            got=f"{len(key)} bytes",
+            next_step="`radloop init` makes a key",
+        )
+    derived = HKDF(algorithm=SHA256(), length=32, salt=None, info=b"radloop crosswalk 1").derive(key)
+    return Fernet(base64.urlsafe_b64encode(derived))

@@ -1,0 +1,204 @@
+"""The model behind a predictor: a package, its preprocessing, and the key that turns identities into pseudonyms."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import zlib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom.errors import InvalidDicomError
+
+from radloop.catalog.schema import Reason
+from radloop.dicom import tags
+from radloop.dicom.uids import Pseudonymiser
+from radloop.errors import DicomError, ServingError
+from radloop.imaging import pixels
+from radloop.imaging.transforms import Preprocessing
+from radloop.learning.package import Packaged
+
+TAGS = ("modality", "manufacturer", "view_position", "sex", "age_years", "rows", "columns")
+"""What of `tags.describe` the prediction log keeps, for drift and subgroups."""
+
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
+_MAX_INFLATED_BYTES = 512 * 1024 * 1024
+
+
+class Examined(msgspec.Struct, frozen=True):
+    """One DICOM instance, ready to be predicted. Everything but `image` may be logged: it holds pseudonyms only."""
+
+    image: NDArray[np.float32]  # (1, size, size)
+    input_digest: str
+    sop_uid: str
+    study_uid: str
+    patient: str
+    site: str
+    tags: dict[str, Any]
+    features: dict[str, float]
+
+
+class ServedModel:
+    """A package loaded, checked and warm.
+
+    Args:
+        package: folder that `learning.package.build` wrote.
+        pseudonymiser: made from the project's key.
+        expect_digest: the model digest that is asked for; None takes what is there.
+        threads: how many predictions may run at once, each on one core.
+
+    Raises:
+        ServingError: another digest than asked for; another preprocessing code than the model was trained with; another
+            project key.
+    """
+
+    def __init__(self, package: Path, pseudonymiser: Pseudonymiser, *, expect_digest: str | None = None) -> None:
+        self._packaged = Packaged(package)
+        self._pseudonymiser = pseudonymiser
+        identity = self._packaged.identity
+        self.digest = str(identity["model_digest"])
+        self.preprocessing = self._packaged.preprocessing
+        self.size = self.preprocessing.size
+        self.inputs = self._packaged.inputs
+        if expect_digest is not None and expect_digest != self.digest:
+            raise ServingError("the package holds another model", expected=expect_digest, got=self.digest)
+        if identity["preprocessing_digest"] != self.preprocessing.digest:
+            raise ServingError(
+                "this radloop preprocesses images in another way than the one that trained the model",
+                expected=f"preprocessing {identity['preprocessing_digest'][:16]}",
+                got=f"preprocessing {self.preprocessing.digest[:16]}",
+                next_step="serve with the radloop wheel inside the package, or train again with this version",
+            )
+        if identity["key_id"] != pseudonymiser.key_id:
+            raise ServingError(
+                "the project key is not the one that made the model's pseudonyms",
+                expected=f"key {identity['key_id']}",
+                got=f"key {pseudonymiser.key_id}",
+                next_step="point --key-file at the key of the project that trained this model",
+            )
+
+    def warm_up(self) -> None:
+        """One prediction, so that the first request does not pay for allocations."""
+        self.predict(np.zeros((1, 1, self.size, self.size), np.float32))
+
+    def predict(self, images: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Calibrated probabilities and decisions, each (n,), of preprocessed images (n, 1, size, size)."""
+        probabilities, decisions = self._packaged.predict_tensor(images)
+        return np.asarray(probabilities, np.float64).reshape(-1), np.asarray(decisions, np.int64).reshape(-1)
+
+    def examine(self, data: bytes, site: str) -> Examined:
+        """Read a DICOM file, refuse what the model is not for, pseudonymise, preprocess. All in memory.
+
+        Args:
+            data: a DICOM Part 10 file.
+            site: the sender's site code, "" if unknown; needed where the file has no IssuerOfPatientID.
+
+        Raises:
+            DicomError: with a quarantine reason; never with a value that could identify a patient.
+        """
+        ds = read_dicom(data)
+        self._check_declared(ds)
+        pseudonymiser = self._pseudonymiser
+        issuer = str(ds.get("IssuerOfPatientID") or "") or site
+        if not issuer:
+            raise DicomError(
+                "whose PatientID this is cannot be told",
+                reason=Reason.NO_PATIENT_ID,
+                expected="IssuerOfPatientID in the file, or the sender's site code",
+                got="neither",
+                next_step="send the header x-radloop-site with the site code that the project configures for this sender",
+            )
+        array = pixels.decode(ds)
+        described = tags.describe(ds)
+        photometric, bits = str(ds.PhotometricInterpretation), int(ds.BitsStored)
+        return Examined(
+            image=self.preprocessing.from_dataset(ds),
+            input_digest=hashlib.sha256(data).hexdigest(),
+            sop_uid=pseudonymiser.uid(_uid(ds, "SOPInstanceUID")),
+            study_uid=pseudonymiser.uid(_uid(ds, "StudyInstanceUID")),
+            patient=pseudonymiser.patient(str(ds.get("PatientID") or ""), issuer),
+            site=site,
+            tags={name: described.get(name) for name in TAGS},
+            features={f"f_{name}": value for name, value in pixels.features(array, photometric, bits).items()},
+        )
+
+    def _check_declared(self, ds: pydicom.Dataset) -> None:
+        """The inputs the model card declares: modality and SOP class."""
+        for keyword, allowed, reason in (
+            ("Modality", self.inputs.get("modalities") or (), Reason.UNEXPECTED_MODALITY),
+            ("SOPClassUID", self.inputs.get("sop_classes") or (), Reason.UNEXPECTED_SOP_CLASS),
+        ):
+            value = str(ds.get(keyword) or "")
+            if allowed and value not in allowed:
+                raise DicomError(
+                    f"the model is not for this {keyword}",
+                    reason=reason,
+                    expected=" or ".join(allowed),
+                    got=value if _is_code(value) else "a value that is no code",
+                    next_step="send images of the declared kind only; the model card says what the model is for",
+                )
+
+
+def read_dicom(data: bytes) -> pydicom.Dataset:
+    """A DICOM Part 10 file in memory.
+
+    Raises:
+        DicomError: NOT_DICOM, TRUNCATED, or UNSUPPORTED_OBJECT for a deflated file that swells beyond 512 MiB.
+    """
+    if _DEFLATED in data[:2048]:
+        _check_inflated(data)
+    try:
+        ds = pydicom.dcmread(io.BytesIO(data))
+        for _element in ds:  # elements are read lazily: have them all, or the error, here
+            pass
+    except InvalidDicomError:
+        raise DicomError(
+            "this is no DICOM file",
+            reason=Reason.NOT_DICOM,
+            expected="a DICOM Part 10 file: 128 bytes preamble, then DICM",
+            got=f"{len(data)} bytes of something else",
+        ) from None
+    except Exception as error:  # noqa: BLE001 - pydicom raises many kinds on broken input
+        raise DicomError(
+            "the DICOM file ends early or is damaged",
+            reason=Reason.TRUNCATED,
+            expected="a whole DICOM Part 10 file",
+            got=f"{type(error).__name__} after {len(data)} bytes",
+            next_step="send the file again; if it fails again, it is damaged at the source",
+        ) from None
+    return ds
+
+
+def _check_inflated(data: bytes) -> None:
+    """A deflated data set follows the File Meta Information (PS3.5 A.5); measure it before anything holds it whole."""
+    meta_end = 128 + 4 + 12 + int.from_bytes(data[140:144], "little")
+    inflate, rest, total = zlib.decompressobj(-zlib.MAX_WBITS), data[meta_end:], 0
+    try:
+        while rest and not inflate.eof:
+            total += len(inflate.decompress(rest, 1 << 20))
+            rest = inflate.unconsumed_tail
+            if total > _MAX_INFLATED_BYTES:
+                raise DicomError(
+                    "the deflated data set is too large",
+                    reason=Reason.UNSUPPORTED_OBJECT,
+                    expected=f"at most {_MAX_INFLATED_BYTES} bytes",
+                    got="more",
+                )
+    except zlib.error:
+        return  # pydicom will say so
+
+
+def _uid(ds: pydicom.Dataset, keyword: str) -> str:
+    value = str(ds.get(keyword) or "")
+    if not value:
+        raise DicomError(f"{keyword} is missing", reason=Reason.MISSING_UID, expected=keyword, got="none")
+    return value
+
+
+def _is_code(value: str) -> bool:
+    """A modality or a standard UID may be told back; free text typed into the attribute may not."""
+    return value.startswith("1.2.840.10008.") or (len(value) <= 3 and value.isalnum())

@@ -1,0 +1,366 @@
+"""Stages of `prepare`: from what has arrived to a dataset version."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from radloop.errors import DataError, DicomError
+from radloop.stage import Home, In, Out, Secret, stage
+from radloop.stage.execute import log, progress, track
+from radloop.stages.kinds import TABLE, Dataset, Instances, Labels, Tensors, Validation, Verdict
+
+if TYPE_CHECKING:
+    from radloop.catalog.schema import Instance
+
+_BATCH = 64
+
+
+@stage(cache=False)
+def ingest(
+    received: Out[Instances],
+    labels: Out[Labels],
+    *,
+    home: Home,
+    folders: list[dict[str, str]] = [],  # noqa: B006 - stages never change their parameters
+    task: str = "finding",
+    given_split: str = "",
+) -> None:
+    """Take in folders of DICOM, then list every instance and label that the catalog holds.
+
+    Args:
+        folders: `{"path", "site"}`; what the listener received is in the catalog already.
+        task: the label task.
+        given_split: the label task that holds a split the user brought; empty: radloop splits.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from radloop.stages.project import open_catalog, open_landing
+
+    with open_catalog(home) as catalog:
+        landing = open_landing(home, catalog)
+        landing.recover()
+        for folder in folders:
+            landing.receive_folder(home / folder["path"], site=folder["site"], progress=progress)
+        if (batch := catalog.seal_ingest(actor="ingest")) is not None:
+            log(f"new since the last run: {batch}")
+        current = [*catalog.pending(), *catalog.archived()]
+        if not current:
+            raise DataError(
+                "nothing has been received",
+                expected="instances in the catalog",
+                got="none",
+                next_step="radloop listen, radloop ingest FOLDER, or [[ingest.folders]] in radloop.toml",
+            )
+        resolved = catalog.resolve_labels(task)
+        split = catalog.resolve_labels(given_split).values if given_split else {}
+    rows = sorted((row.sop_uid, row.revision, row.source_sha256, row.site) for row in current)
+    columns = list(zip(*rows, strict=True))
+    names = ["sop_uid", "revision", "source_sha256", "site"]
+    pq.write_table(pa.table([pa.array(c) for c in columns], names=names), received.file(TABLE))
+    known = {uid for uid, *_ in rows}
+    values = {uid: list(value) for uid, value in resolved.values.items() if uid in known}
+    contradicting = [uid for uid in resolved.contradicting if uid in known]
+    labels.write_json(
+        "labels.json",
+        {
+            "task": task,
+            "values": values,
+            "contradicting": sorted(contradicting),
+            "given_split": {uid: value for uid, (value, _) in split.items() if uid in known},
+        },
+    )
+    received.counts["instances"] = len(rows)
+    labels.counts.update(labelled=len(values), contradicting=len(contradicting))
+
+
+@stage
+def deidentify(
+    received: In[Instances],
+    clean: Out[Instances],
+    *,
+    home: Home,
+    profile: str = "research",
+    key: Secret = "file:radloop.key",
+) -> None:
+    """Write each instance's de-identified twin to the archive; what cannot be cleaned is quarantined with its reason."""
+    from radloop.catalog.schema import Archived, Refused
+    from radloop.dicom.deidentify import Deidentifier
+    from radloop.stages.project import open_catalog, pseudonymiser
+
+    cleaner = Deidentifier(pseudonymiser(home, key), profile=profile)
+    with open_catalog(home) as catalog:
+        wanted = {(row["sop_uid"], row["revision"]) for row in read_table(received.file(TABLE))}
+        todo = [row for row in catalog.pending(deid_digest=cleaner.digest) if (row.sop_uid, row.revision) in wanted]
+        done: list[Archived] = []
+        refused: list[Refused] = []
+        for number, row in enumerate(track(todo, message="de-identify"), 1):
+            try:
+                done.append(_clean(cleaner, home, row))
+            except DicomError as error:
+                refused.append(
+                    Refused(sop_uid=row.sop_uid, revision=row.revision, reason=_reason(error.reason), detail=error.what)
+                )
+            if number % _BATCH == 0 or number == len(todo):
+                catalog.mark_archived(done)
+                catalog.refuse(refused, stage="deidentify")
+                done, refused = [], []
+        archived = [row for row in catalog.archived() if (row.sop_uid, row.revision) in wanted]
+        _say(catalog, "deidentification", cleaner.digest, len(archived), profile)
+    write_instances(archived, clean.file(TABLE))
+    clean.counts["instances"] = len(archived)
+
+
+@stage
+def quality(
+    clean: In[Instances],
+    checked: Out[Instances],
+    *,
+    home: Home,
+    modalities: list[str] = ["CR", "DX"],  # noqa: B006
+    sop_classes: list[str] = [],  # noqa: B006
+    workers: int = 1,
+) -> None:
+    """Look at every image: readable, as declared, sane, not twice. Refused ones are quarantined with their reason."""
+    import pyarrow.parquet as pq
+
+    from radloop.catalog.schema import Refused
+    from radloop.datasets import quality as checks
+    from radloop.stages.project import open_catalog
+
+    rows = read_table(clean.file(TABLE))
+    passed, refused = checks.check(
+        rows,
+        home / "archive",
+        expected_modalities=modalities,
+        expected_sop_classes=sop_classes,
+        progress=progress,
+        workers=workers,
+    )
+    revisions = {row["sop_uid"]: row["revision"] for row in rows}
+    with open_catalog(home) as catalog:
+        catalog.refuse(
+            [
+                Refused(sop_uid=uid, revision=revisions[uid], reason=_reason(reason), detail=detail)
+                for uid, reason, detail in refused
+            ],
+            stage="quality",
+        )
+        pixels = zip(passed["sop_uid"].to_pylist(), passed["pixel_sha256"].to_pylist(), strict=True)
+        catalog.set_pixel_digests((uid, revisions[uid], digest) for uid, digest in pixels)
+    if len(passed) == 0:
+        raise DataError(
+            "no image passed the quality checks",
+            expected=f"modality {', '.join(modalities)}",
+            got=f"{len(refused)} refused",
+            next_step="radloop quarantine list",
+        )
+    pq.write_table(passed, checked.file(TABLE))
+    checked.counts.update(instances=len(passed), refused=len(refused))
+
+
+@stage(environment="tfdv")
+def validate(
+    checked: In[Instances],
+    baseline: In[Validation] | None,
+    validation: Out[Validation],
+    verdict: Out[Verdict],
+    *,
+    home: Home,
+) -> None:
+    """TFDV: statistics, schema, anomalies, and drift and skew against the baseline's version.
+
+    A `schema.pbtxt` in the project folder is the schema a person reviewed; without one the baseline's is used, and at
+    first an inferred one.
+    """
+    from radloop_tfdv.validate import validate as run_tfdv
+
+    reviewed = home / "schema.pbtxt"
+    summary = run_tfdv(
+        checked.file(TABLE),
+        validation.path,
+        baseline=baseline.path if baseline else None,
+        reviewed_schema=reviewed if reviewed.exists() else None,
+    )
+    verdict.verdict(
+        str(summary["verdict"]),
+        f"schema {summary['schema']}: {summary['anomalies']} anomalies",
+        [{"gate": "schema", "verdict": summary["verdict"], "figure": summary["anomalies"], "bound": 0}],
+    )
+
+
+@stage
+def preprocess(
+    checked: In[Instances],
+    tensors: Out[Tensors],
+    *,
+    home: Home,
+    preprocessing: dict[str, Any] = {},  # noqa: B006
+    workers: int = 1,
+) -> None:
+    """Decode and resize every image once, in its native integer type, for the loader to map into memory."""
+    from radloop.datasets import tensors as shards
+    from radloop.imaging.transforms import Preprocessing
+
+    chosen = msgspec.convert(preprocessing, Preprocessing)
+    written = shards.write(
+        read_table(checked.file(TABLE)), home / "archive", chosen, tensors.path, workers=workers, progress=progress
+    )
+    tensors.write_json("preprocessing.json", {"digest": chosen.digest, "parameters": msgspec.to_builtins(chosen)})
+    tensors.write_json("refused.json", msgspec.to_builtins(written.refused))
+    tensors.counts.update(images=written.images, refused=len(written.refused))
+
+
+@stage
+def publish(
+    checked: In[Instances],
+    labels: In[Labels],
+    tensors: In[Tensors],
+    validation: In[Validation],
+    dataset: Out[Dataset],
+    *,
+    home: Home,
+    key: Secret = "file:radloop.key",
+    positive: list[str] = ["1"],  # noqa: B006
+    negative: list[str] = ["0"],  # noqa: B006
+    fractions: list[float] = [0.6, 0.15, 0.25],  # noqa: B006
+) -> None:
+    """Join images, labels and parts into an immutable dataset version, and record it.
+
+    A patient's part is decided once, by a keyed hash of the pseudonym, and kept in every later version.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    from radloop.catalog.schema import Member, Refused
+    from radloop.datasets import manifest, split
+    from radloop.stages.project import open_catalog, pseudonymiser
+
+    told = msgspec.json.decode(labels.file("labels.json").read_bytes(), type=dict[str, Any])
+    table = pq.read_table(checked.file(TABLE))
+    failed = tensors.json("refused.json")
+    assert isinstance(failed, list)
+    lost = {row["sop_uid"] for row in failed}
+    revisions = dict(zip(table["sop_uid"].to_pylist(), table["revision"].to_pylist(), strict=True))
+    table = table.filter(pc.invert(pc.is_in(table["sop_uid"], pa.array(sorted(lost), pa.string()))))
+    fraction = pseudonymiser(home, key).fraction
+    classes = {**dict.fromkeys(map(str, positive), 1), **dict.fromkeys(map(str, negative), 0)}
+    with open_catalog(home) as catalog:
+        catalog.refuse(
+            [
+                Refused(
+                    sop_uid=r["sop_uid"],
+                    revision=revisions[r["sop_uid"]],
+                    reason=_reason(r["reason"]),
+                    detail=r["detail"],
+                )
+                for r in failed
+            ],
+            stage="preprocess",
+        )
+        parts: dict[str, str]
+        if told["given_split"]:
+            parts, by = split.given(told["given_split"]), "sop_uid"
+        else:
+            patients = sorted(set(table["patient"].to_pylist()))
+            decided = split.parts(patients, fraction, fractions, decided=catalog.parts())
+            parts = catalog.assign_parts(decided, key_id=str(table["key_id"][0].as_py()))
+            by = "patient"
+        built = manifest.build(table, _label_rows(told), parts, classes=classes, parts_by=by)  # type: ignore[arg-type]
+        digest = manifest.write(built, dataset.file("manifest.parquet"))
+        dataset.counts.update(manifest.counts(built))
+        kept = f"datasets/{digest}.parquet"
+        manifest.write(built, home / kept)
+        columns = (built[name].to_pylist() for name in ("sop_uid", "revision", "patient", "part"))
+        earlier = [version for version in catalog.datasets() if version.digest != digest]
+        catalog.add_dataset(
+            digest,
+            path=kept,
+            members=[
+                Member(sop_uid=uid, revision=revision, patient=patient, part=part)
+                for uid, revision, patient, part in zip(*columns, strict=True)
+            ],
+            parent=earlier[-1].digest if earlier else None,
+            counts={**dataset.counts, "tensors": tensors.digest, "validation": validation.digest},
+            actor="publish",
+        )
+        dataset.write_json(
+            "dataset.json",
+            {
+                "manifest": digest,
+                "tensors": tensors.digest,
+                "validation": validation.digest,
+                "task": told["task"],
+                "contradicting": len(told["contradicting"]),
+                "given_split": bool(told["given_split"]),
+            },
+        )
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """Rows of a Parquet table."""
+    import pyarrow.parquet as pq
+
+    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    return rows
+
+
+def write_instances(rows: list[Instance], path: Path) -> None:
+    """The instance table: the catalog's columns and the tags, sorted by sop_uid."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    flat = []
+    for row in sorted(rows, key=lambda r: r.sop_uid):
+        columns = {
+            name: getattr(row, name)
+            for name in (
+                *("sop_uid", "revision", "study_uid", "series_uid", "patient", "key_id", "accession_key", "file_key"),
+                *("site", "sop_class_uid", "modality", "file_sha256", "pixel_sha256", "source_bytes"),
+            )
+        }
+        flat.append({**row.tags, **columns, "path": row.archive_path})
+    if not flat:
+        raise DataError(
+            "no instance could be de-identified", expected="at least one", got="none", next_step="radloop quarantine list"
+        )
+    names = sorted({name for row in flat for name in row})
+    pq.write_table(pa.table({name: [row.get(name) for row in flat] for name in names}), path)
+
+
+def _clean(cleaner: Any, home: Path, row: Instance) -> Any:
+    from radloop.catalog.schema import Archived
+
+    source = home / "landing" / row.source_sha256[:2] / f"{row.source_sha256}.dcm"
+    relative = f"{row.study_uid}/{row.series_uid}/{row.sop_uid}.dcm"
+    cleaned = cleaner.clean_file(source, home / "archive" / relative, site=row.site)
+    return Archived(
+        sop_uid=row.sop_uid,
+        revision=row.revision,
+        archive_path=relative,
+        file_sha256=cleaned.file_sha256,
+        deid_digest=cleaner.digest,
+        tags=cleaned.tags,
+    )
+
+
+def _reason(value: str) -> Any:
+    from radloop.catalog.schema import Reason
+
+    return Reason(value)
+
+
+def _label_rows(told: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"key_kind": "instance", "key": uid, "value": value, "source": source, "row_revision": 1}
+        for uid, (value, source) in told["values"].items()
+    ]
+
+
+def _say(catalog: Any, kind: str, subject: str, instances: int, profile: str) -> None:
+    payload = {"profile": profile, "instances": instances}
+    catalog.ledger.append(kind, subject, payload, actor="deidentify", key=f"{kind}:{subject}:{instances}")
