@@ -58,7 +58,8 @@ docs: setup ## generate what docs/ takes from the code: JSON schemas and the com
 	@$(BIN)/python scripts/generate_docs.py
 
 .PHONY: lock
-lock: setup ## compile the locks again (ARGS="--upgrade" takes the newest versions)
+lock: ## compile the locks again (ARGS="--upgrade" takes the newest versions)
+	@PYTHON="$(PYTHON)" scripts/setup uv
 	@scripts/lock $(ARGS)
 
 .PHONY: test-deps

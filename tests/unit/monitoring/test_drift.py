@@ -220,9 +220,19 @@ def test_a_tag_that_vanishes_is_a_drift() -> None:
     """A gateway that starts to strip PatientAge changes what subgroup figures mean."""
     window = rows(40, 2)
     for row in window:
-        del row["tags"]["age_years"]
+        row["tags"]["age_years"] = None
     report = drift.compare(drift.population(rows(80, 1)), drift.population(window))
     assert {f.feature for f in report.scopes[0].features if f.drifted} == {"age_years present"}
+
+
+def test_a_column_that_only_the_reference_has_is_not_compared() -> None:
+    """The prediction log keeps fewer tags than a manifest: what it does not record has not vanished."""
+    before = rows(80, 1)
+    for row in before:
+        row["tags"]["model_name"] = "X1"
+    report = drift.compare(drift.population(before), drift.population(rows(40, 2)))
+    assert report.verdict == drift.STABLE
+    assert "model_name" not in {f.feature for f in report.scopes[0].features}
 
 
 def test_identifiers_are_never_features() -> None:

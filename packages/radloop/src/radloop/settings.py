@@ -9,7 +9,7 @@ import difflib
 import os
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -29,7 +29,6 @@ class Task(_Section):
     positive: tuple[str, ...] = ("1", "true", "yes", "positive")
     negative: tuple[str, ...] = ("0", "false", "no", "negative")
     intended_use: str = ""
-    prevalence: float | None = None
 
 
 class Listen(_Section):
@@ -113,7 +112,7 @@ class Alerts(_Section):
 
     smtp_host: str = ""
     smtp_port: int = 25
-    smtp_security: str = "none"
+    tls: Literal["none", "starttls", "tls"] = "none"
     sender: str = "radloop@localhost"
     recipients: tuple[str, ...] = ()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,8 +45,9 @@ def storage_errors(where: str) -> Iterator[None]:
         if error.errno not in _DISK_FULL:
             raise
         raise _full(where) from error
-    except OperationalError as error:
-        if "full" not in str(error.orig) and "disk I/O" not in str(error.orig):
+    except (OperationalError, sqlite3.OperationalError) as error:
+        cause = str(error.orig if isinstance(error, OperationalError) else error)
+        if "is full" not in cause and "disk I/O" not in cause:
             raise
         raise _full(where) from error
 

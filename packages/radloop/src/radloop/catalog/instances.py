@@ -251,6 +251,16 @@ class Instances(Database):
         with self._read() as connection:
             return [as_struct(row, Quarantined) for row in connection.execute(query).mappings()]
 
+    def held_sources(self, source_sha256s: Iterable[str]) -> dict[str, Quarantined]:
+        """Digest -> the held entry, of bytes that never became an instance in use."""
+        found: dict[str, Quarantined] = {}
+        with self._read() as connection:
+            for some in chunks(source_sha256s):
+                where = (_held.c.source_sha256.in_(some), _held.c.state == QuarantineState.HELD)
+                rows = connection.execute(select(_held).where(*where, _held.c.revision.is_(None))).mappings()
+                found |= {row["source_sha256"]: as_struct(row, Quarantined) for row in rows}
+        return found
+
     def quarantine_row(self, quarantine_id: int) -> Quarantined:
         """One row. Raises `DataError` when there is none."""
         with self._read() as connection:

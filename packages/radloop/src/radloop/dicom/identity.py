@@ -10,7 +10,8 @@ import base64
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 
@@ -79,8 +80,12 @@ class Crosswalk:
         self._pid = 0
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(self._path, os.O_CREAT | os.O_WRONLY, 0o600))
-        with storage_errors("crosswalk"), self._lock:
-            self._check_key()
+        try:
+            with storage_errors("crosswalk"), self._lock:
+                self._check_key()
+        except BaseException:
+            self.close()
+            raise
 
     @staticmethod
     def new_key() -> bytes:
@@ -117,6 +122,7 @@ class Crosswalk:
             if not new:
                 return 0
             with _transaction(database):
+                self._refuse_wrong_key(self._ciphers)  # rotated by another process: nothing more under the old key
                 # OR IGNORE: another process may have put the same since.
                 database.executemany("INSERT OR IGNORE INTO identity (kind, pseudonym, value) VALUES (?, ?, ?)", new)
         return len(new)
@@ -191,36 +197,33 @@ class Crosswalk:
                 "(kind TEXT, pseudonym TEXT, value BLOB NOT NULL, PRIMARY KEY (kind, pseudonym)) WITHOUT ROWID"
             )
             database.execute("CREATE TABLE IF NOT EXISTS key_check (value BLOB NOT NULL)")
-            row = database.execute("SELECT value FROM key_check").fetchone()
-            if row is None:
+            if database.execute("SELECT 1 FROM key_check").fetchone() is None:
                 database.execute("INSERT INTO key_check VALUES (?)", (self._ciphers[0].encrypt(_CHECK),))
-                return
+            self._refuse_wrong_key(self._ciphers)
+
+    def _refuse_wrong_key(self, ciphers: Sequence[Fernet]) -> None:
+        (value,) = self._open().execute("SELECT value FROM key_check").fetchone()
         try:
-            MultiFernet(self._ciphers).decrypt(row[0])
+            MultiFernet(ciphers).decrypt(value)
         except InvalidToken:
-            self.close()
             raise SettingsError(
                 "the crosswalk key does not open this crosswalk",
                 expected="the key it was last encrypted with",
                 got="another key",
-                next_step="put the right crosswalk.key beside radloop.toml; without it the crosswalk cannot be read",
+                next_step="put the right crosswalk.key beside radloop.toml; after a rotation, start again what still runs",
             ) from None
 
 
-class _transaction:  # noqa: N801 (used as a statement)
-    """BEGIN IMMEDIATE, then commit, or roll back on any exception."""
-
-    def __init__(self, database: sqlite3.Connection) -> None:
-        self._database = database
-
-    def __enter__(self) -> None:
-        self._database.execute("BEGIN IMMEDIATE")
-
-    def __exit__(self, error: object, *_: object) -> None:
-        if error is None:
-            self._database.execute("COMMIT")
-        elif self._database.in_transaction:
-            self._database.execute("ROLLBACK")
+@contextmanager
+def _transaction(database: sqlite3.Connection) -> Iterator[None]:
+    database.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        if database.in_transaction:
+            database.execute("ROLLBACK")
+        raise
+    database.execute("COMMIT")
 
 
 def _cipher(key: bytes) -> Fernet:

@@ -148,16 +148,13 @@ def newcombe(value: float, positive: int, negative: int) -> tuple[float, float]:
         spread = 1 + half * (1 - theta) / (2 - theta) + half * theta / (1 + theta)
         return theta * (1 - theta) * spread / (positive * negative)
 
-    def limit(edge: float) -> float:
-        def beyond(theta: float) -> float:
-            return abs(theta - value) - _Z * np.sqrt(max(variance(theta), 0.0))
+    def excess(theta: float) -> float:
+        return float(abs(theta - value) - _Z * np.sqrt(variance(theta)))
 
-        inner, outer = (value, edge) if beyond(edge) > 0 else (edge, edge)
-        # At the value itself the difference is 0 and the error is not (unless the value is the edge): a sign change.
-        near = inner + (edge - inner) * 1e-9
-        return edge if inner == outer or beyond(near) > 0 else float(brentq(beyond, near, outer))
-
-    return limit(0.0), limit(1.0)
+    # excess is below 0 just beside the value and not below 0 at the ends, 0 and 1: one root on each side.
+    lower = brentq(excess, 0.0, value - 1e-9) if value > 1e-6 else 0.0
+    upper = brentq(excess, value + 1e-9, 1.0) if value < 1 - 1e-6 else 1.0
+    return float(lower), float(upper)
 
 
 def area_of(

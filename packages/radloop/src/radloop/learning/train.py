@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
     from torch.utils.data import DataLoader
 
-_AUTO_STEPS = 600
-_AUTO_EPOCHS = (4, 24)
+_AUTO_STEPS = 350
+_AUTO_EPOCHS = (3, 24)
 
 
 class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -35,7 +35,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     Attributes:
         model: the architecture, a key of `network.ARCHITECTURES`.
-        epochs: passes over the training part; None: about 600 steps, but 4 to 24 epochs.
+        epochs: passes over the training part; None: about 350 steps, but 3 to 24 epochs.
         batch_size: images a step.
         learning_rate: the peak of the one-cycle schedule (Smith & Topin 2019).
         weight_decay: AdamW's (Loshchilov & Hutter 2019).

@@ -19,8 +19,9 @@ from typing import Literal
 import msgspec
 
 from radloop.errors import DataError, EngineError
+from radloop.learning.statistics import Interval
 from radloop.monitoring.drift import DRIFTED, DriftReport
-from radloop.monitoring.performance import POOLED, Figure, Performance
+from radloop.monitoring.performance import POOLED, Performance
 
 _ADDRESS = re.compile(r"[^\s@<>,;\"]+@[^\s@<>,;\"]+")
 
@@ -193,5 +194,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _words(figure: Figure | None) -> str:
-    return "insufficient evidence" if figure is None else f"{figure.value:.3f} ({figure.low:.3f} to {figure.high:.3f})"
+def _words(figure: Interval | None) -> str:
+    return (
+        "insufficient evidence" if figure is None else f"{figure.value:.3f} ({figure.lower:.3f} to {figure.upper:.3f})"
+    )

@@ -150,8 +150,8 @@ def population(rows: Iterable[Mapping[str, Any]]) -> Population:
 
     Args:
         rows: each with `patient`, `sop_uid`, `site`, and any of `probability`, `f_*` and the tags named above, flat or
-            inside mappings `features` and `tags`. Other keys are ignored. An image that stands in several rows (sent
-            twice, retried) counts once.
+            inside mappings `features` and `tags`. Other keys are ignored, and so is a feature that only one of two
+            populations has as a key. An image that stands in several rows (sent twice, retried) counts once.
 
     Raises:
         DataError: a row without patient, sop_uid or site.
@@ -268,20 +268,18 @@ def _means(values: Floats, patient: npt.NDArray[np.intp], count: int) -> Floats:
 
 def _tests(old: _Patients, new: _Patients, minimum: int) -> list[FeatureDrift]:
     found: list[FeatureDrift] = []
-    for name in sorted(set(old.numeric) | set(new.numeric)):
-        one = old.numeric.get(name, np.full(old.count, np.nan))
-        two = new.numeric.get(name, np.full(new.count, np.nan))
+    for name in sorted(set(old.numeric) & set(new.numeric)):  # a column that one side does not record says nothing
+        one, two = old.numeric[name], new.numeric[name]
         a, b = one[np.isfinite(one)], two[np.isfinite(two)]
         if min(len(a), len(b)) >= minimum:
             found.append(_numeric(name, a, b))
         # A probability is absent from training images on purpose, so its absence tells nothing.
         if name != PROBABILITY and len(a) + len(b) not in (0, old.count + new.count):
             found.append(_categorical(f"{name} present", _presence(one), _presence(two)))
-    for name in sorted(set(old.categorical) | set(new.categorical)):
-        texts_a = old.categorical.get(name, np.full(old.count, ABSENT))
-        texts_b = new.categorical.get(name, np.full(new.count, ABSENT))
-        if set(texts_a.tolist()) | set(texts_b.tolist()) != {ABSENT}:
-            found.append(_categorical(name, texts_a, texts_b))
+    for name in sorted(set(old.categorical) & set(new.categorical)):
+        one_side, other = old.categorical[name], new.categorical[name]
+        if set(one_side.tolist()) | set(other.tolist()) != {ABSENT}:
+            found.append(_categorical(name, one_side, other))
     return found
 
 

@@ -1,9 +1,7 @@
 """How well does the model do on the labels that have arrived?
 
 Predictions of the log are joined with labels by pseudonymous SOP UID. Each image is a case, the patient is what is
-resampled: intervals are percentile intervals of a bootstrap over patients (Efron 1979; clustered as in Rutter 2000).
-Where a figure is exactly 0 or 1 every resample repeats it, so the exact binomial bound on the number of patients stands
-in (Clopper and Pearson 1934).
+resampled: the intervals are those of `learning.statistics`, by which the gates judged the model before.
 
 Labels that arrive are seldom a random sample, and a new site is another population: both are said beside the figures,
 and a label of another definition is never compared with the training's.
@@ -11,7 +9,7 @@ and a label of another definition is never compared with the training's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -19,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from radloop.errors import DataError
+from radloop.learning import statistics
+from radloop.learning.statistics import Interval
 
 Floats = npt.NDArray[np.float64]
 
@@ -28,21 +28,12 @@ UNDETERMINED = "undetermined"
 NOT_COMPARABLE = "not comparable"
 INSUFFICIENT = "insufficient evidence"
 POOLED = "*"
-_AT_ONCE = 100  # resamples computed together, so that memory stays at 100 x images floats
-
-
-class Figure(msgspec.Struct, frozen=True):
-    """A figure with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 class Reference(msgspec.Struct, frozen=True):
     """What the model reached when it was evaluated, and on whom."""
 
-    auc: Figure
+    auc: Interval
     prevalence: float
     sites: list[str]
     label_definition: str = ""
@@ -59,9 +50,9 @@ class ScopePerformance(msgspec.Struct, frozen=True):
     positive_patients: int
     negative_patients: int
     prevalence: float | None  # of the labelled images
-    auc: Figure | None
-    sensitivity: Figure | None
-    specificity: Figure | None
+    auc: Interval | None
+    sensitivity: Interval | None
+    specificity: Interval | None
 
 
 class Performance(msgspec.Struct, frozen=True):
@@ -120,28 +111,6 @@ def assess(
     return Performance(verdict, summary, threshold, scopes, changes, reference)
 
 
-def auc(label: npt.NDArray[Any], score: npt.NDArray[Any], weights: npt.NDArray[Any] | None = None) -> Floats:
-    """Area under the ROC curve, ties counted half.
-
-    Args:
-        label: (cases,) 0 or 1.
-        score: (cases,).
-        weights: (resamples, cases) how often each case counts; one row of ones by default.
-
-    Returns:
-        (resamples,), NaN where a resample lacks a class.
-    """
-    order = np.argsort(score, kind="stable")
-    counts = np.ones((1, len(order))) if weights is None else np.asarray(weights, dtype=np.float64)[:, order]
-    starts = np.flatnonzero(np.r_[True, np.diff(score[order]) != 0])
-    positive = np.add.reduceat(counts * (label[order] == 1), starts, axis=1)
-    negative = np.add.reduceat(counts * (label[order] == 0), starts, axis=1)
-    below = np.cumsum(negative, axis=1) - negative
-    pairs = positive.sum(axis=1) * negative.sum(axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray((positive * (below + negative / 2)).sum(axis=1) / pairs, dtype=np.float64)
-
-
 def _join(predictions: Iterable[Mapping[str, Any]], labels: Mapping[str, int]) -> _Cases:
     wrong = sorted({repr(value) for value in labels.values() if value not in (0, 1)})
     if wrong:
@@ -167,10 +136,10 @@ def _measure(scope: str, cases: _Cases, threshold: float, minimum: int, resample
     inside = np.ones(len(cases.sites), dtype=bool) if scope == POOLED else cases.sites == scope
     known = inside & (cases.label >= 0)
     people, label, score = cases.patients[known], cases.label[known], cases.probability[known]
-    ill, well = len(set(people[label == 1].tolist())), len(set(people[label == 0].tolist()))
-    figures: list[Figure | None] = [None, None, None]
+    well, ill = statistics.class_patients(label, people.tolist())
+    figures: list[Interval] | list[None] = [None, None, None]
     if min(ill, well) >= max(1, minimum):
-        figures = list(_figures(people, label, score, threshold, (ill, well), resamples, seed))
+        figures = _figures(people, label, score, threshold, resamples, seed)
     return ScopePerformance(
         scope=scope,
         images=int(inside.sum()),
@@ -191,47 +160,25 @@ def _figures(
     label: npt.NDArray[np.int8],
     score: Floats,
     threshold: float,
-    patients: tuple[int, int],
     resamples: int,
     seed: int,
-) -> tuple[Figure, Figure, Figure]:
+) -> list[Interval]:
     """AUC, sensitivity and specificity, each with its interval."""
-    names, person = np.unique(people, return_inverse=True)
-    draw = np.random.default_rng(seed)
-    drawn: list[list[Floats]] = [[], [], []]
-    called = score >= threshold
-    for start in range(0, resamples, _AT_ONCE):
-        number = min(_AT_ONCE, resamples - start)
-        counts = draw.multinomial(len(names), np.full(len(names), 1 / len(names)), size=number)
-        for kept, values in zip(drawn, _three(label, score, called, counts[:, person]), strict=True):
-            kept.append(values)
-    exact = _three(label, score, called, np.ones((1, len(label))))
-    ill, well = patients
-    return (
-        _figure(exact[0], drawn[0], min(ill, well)),
-        _figure(exact[1], drawn[1], ill),
-        _figure(exact[2], drawn[2], well),
-    )
+    called, ill = score >= threshold, label == 1
 
+    def three(weights: Floats) -> Floats:
+        hits = statistics.rate(called, ill, weights), statistics.rate(~called, ~ill, weights)
+        return np.column_stack([statistics.auc(score, label, weights), *hits])
 
-def _three(
-    label: npt.NDArray[np.int8], score: Floats, called: npt.NDArray[np.bool_], weights: npt.NDArray[Any]
-) -> tuple[Floats, Floats, Floats]:
-    ill, well = weights * (label == 1), weights * (label == 0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        sensitivity = (ill * called).sum(axis=1) / ill.sum(axis=1)
-        specificity = (well * ~called).sum(axis=1) / well.sum(axis=1)
-    return auc(label, score, weights), sensitivity, specificity
-
-
-def _figure(exact: Floats, drawn: Sequence[Floats], patients: int) -> Figure:
-    value = float(exact[0])
-    low, high = (float(x) for x in np.nanquantile(np.concatenate(drawn), [0.025, 0.975]))
-    if value == 1.0:
-        low = min(low, 0.025 ** (1 / patients))
-    if value == 0.0:
-        high = max(high, 1 - 0.025 ** (1 / patients))
-    return Figure(value, low, high)
+    exact = three(np.ones((1, len(label))))[0]
+    drawn = statistics.Resamples(people.tolist(), resamples, seed).apply(three)
+    negative, positive = statistics.class_patients(label, people.tolist())
+    area, sensitivity, specificity = (statistics.percentiles(float(exact[i]), drawn[:, i]) for i in range(3))
+    return [
+        statistics.area(area, positive, negative),
+        statistics.proportion(sensitivity, positive),
+        statistics.proportion(specificity, negative),
+    ]
 
 
 def _changes(
@@ -286,7 +233,7 @@ def _verdict(
             f"insufficient evidence: labels of {pooled.positive_patients} patients with and {pooled.negative_patients} "
             f"without the finding, {minimum} of each needed"
         )
-    said = f"AUC {pooled.auc.value:.3f} ({pooled.auc.low:.3f} to {pooled.auc.high:.3f})"
+    said = f"AUC {pooled.auc.value:.3f} ({pooled.auc.lower:.3f} to {pooled.auc.upper:.3f})"
     if reference is None:
         return UNDETERMINED, f"{said}, with no evaluation to compare it with"
     if _other_definition(reference, label_definition):
@@ -294,10 +241,10 @@ def _verdict(
             NOT_COMPARABLE,
             f"{said} against labels of another definition: a change of population, not a performance of the task",
         )
-    was = f"at evaluation {reference.auc.value:.3f} ({reference.auc.low:.3f} to {reference.auc.high:.3f})"
-    if pooled.auc.high < reference.auc.low:
+    was = f"at evaluation {reference.auc.value:.3f} ({reference.auc.lower:.3f} to {reference.auc.upper:.3f})"
+    if pooled.auc.upper < reference.auc.lower:
         return DEGRADED, f"{said}, below the whole interval {was}"
-    if pooled.auc.low >= reference.auc.value - margin:
+    if pooled.auc.lower >= reference.auc.value - margin:
         return KEPT, f"{said}, {was}: within the margin of {margin:g}"
     return UNDETERMINED, f"{said}, {was}: neither kept within {margin:g} nor clearly lower"
 

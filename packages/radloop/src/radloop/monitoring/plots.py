@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 Points = Sequence[tuple[float, float]]
 
 _WIDTH, _HEIGHT = 420, 340
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 14, 46
+_OPENING = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}" preserveAspectRatio="xMidYMid meet">')
+_BIN = Markup('<circle class="bin" cx="{:.1f}" cy="{:.1f}" r="{:.1f}"><title>{}</title></circle>')
+_TURNED = Markup('<text class="tick middle" transform="translate(13 {:.0f}) rotate(-90)">{}</text>')
 
 
 def roc(curves: Sequence[tuple[str, Points]], *, point: tuple[float, float] | None, title: str) -> Markup:
@@ -56,8 +59,7 @@ def calibration(bins: Sequence[Mapping[str, Any]], *, title: str) -> Markup:
             parts.append(Markup('<path class="whisker" d="M{:.1f} {:.1f}V{:.1f}"/>').format(x, low, high))
         radius = 3 + 6 * (float(one["count"]) / largest) ** 0.5
         text = f"predicted {float(one['predicted']):.2f}, observed {float(one['observed']):.2f}, {one['count']} images"
-        circle = '<circle class="bin" cx="{:.1f}" cy="{:.1f}" r="{:.1f}"><title>{}</title></circle>'
-        parts.append(Markup(circle).format(x, y, radius, text))
+        parts.append(_BIN.format(x, y, radius, text))
     parts.append(_line([(float(b["predicted"]), float(b["observed"])) for b in bins], "curve thin"))
     parts.append(_label(_LEFT + 12, _TOP + 18, "area of a dot: number of images", "key"))
     return _svg(_WIDTH, _HEIGHT, title, parts)
@@ -215,8 +217,7 @@ def _axes(across: str, up: str) -> Markup:
         parts.append(_label(left - 7, y + 4, f"{tick:g}", "tick end"))
     parts.append(_label((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 8, across, "tick middle"))
     middle = (_TOP + _HEIGHT - _BOTTOM) / 2
-    turned = '<text class="tick middle" transform="translate(13 {:.0f}) rotate(-90)">{}</text>'
-    parts.append(Markup(turned).format(middle, up))
+    parts.append(_TURNED.format(middle, up))
     return Markup().join(parts)
 
 
@@ -225,5 +226,4 @@ def _label(x: float, y: float, text: str, style: str) -> Markup:
 
 
 def _svg(width: int, height: int, title: str, parts: Iterable[Markup]) -> Markup:
-    opening = '<svg viewBox="0 0 {} {}" role="img" aria-label="{}" preserveAspectRatio="xMidYMid meet">'
-    return Markup(opening).format(width, height, title) + Markup().join(parts) + escape(Markup("</svg>"))
+    return _OPENING.format(width, height, title) + Markup().join(parts) + Markup("</svg>")

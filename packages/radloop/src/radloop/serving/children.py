@@ -29,7 +29,10 @@ _PROBE_TIMEOUT_S = 1.0
 class Program(Protocol):
     """What a `Child` runs and how it is seen that it is ready."""
 
-    def command(self) -> list[str]: ...
+    def command(self) -> list[str]:
+        """Program and arguments, asked for at each start."""
+        ...
+
     def probe(self, output: Path) -> int | None:
         """The port at which it is ready now, None if it is not (yet)."""
         ...
@@ -77,6 +80,10 @@ class Child:
         self.ready, self.port = port is not None, port if port is not None else self.port
         if self.ready and time.monotonic() - self._started > STEADY_AFTER_S:
             self._backoff_s = FIRST_BACKOFF_S
+
+    def try_again(self) -> None:
+        """Forget a refusal and the back-off."""
+        self.refused, self._backoff_s, self._not_before = False, FIRST_BACKOFF_S, 0.0
 
     def exited(self) -> bool:
         """Whether it is not running at this moment."""
@@ -127,12 +134,14 @@ class Predictor(msgspec.Struct, frozen=True):
     token_file: Path | None
 
     def command(self) -> list[str]:
+        """See `Program`."""
         command = [sys.executable, "-m", "radloop.serving.predictor", "--parent", str(os.getpid())]
         command += ["--package", str(self.package), "--version", self.version, "--expect-digest", self.model_digest]
         command += ["--name", self.model_name, "--predictions", str(self.predictions), "--key-file", str(self.key_file)]
         return command if self.token_file is None else [*command, "--token-file", str(self.token_file)]
 
     def probe(self, output: Path) -> int | None:
+        """See `Program`."""
         port = _announced_port(output)
         return port if port is not None and get(port, "/v2/health/ready")[0] == 200 else None
 
@@ -146,6 +155,7 @@ class Envoy(msgspec.Struct):
     admin_port: int
 
     def command(self) -> list[str]:
+        """See `Program`."""
         self.admin_address.parent.mkdir(exist_ok=True, mode=0o700)
         self.admin_address.unlink(missing_ok=True)
         made = gateway.bootstrap(self.config, host=self.host, port=self.port, admin_port=self.admin_port)
@@ -157,6 +167,7 @@ class Envoy(msgspec.Struct):
 
     @property
     def admin_address(self) -> Path:
+        """Where Envoy writes the address of its admin interface."""
         return self.config / "admin" / "address.txt"
 
     def admin(self) -> int | None:
@@ -166,6 +177,7 @@ class Envoy(msgspec.Struct):
         return None
 
     def probe(self, output: Path) -> int | None:
+        """See `Program`."""
         del output
         admin = self.admin()
         if admin is None or get(admin, "/ready")[0] != 200:

@@ -1,4 +1,4 @@
-"""What shall be served and what is: `serving/desired.json`, `serving/observed.json` and the lock of the one supervisor."""
+"""What shall be served and what is: `serving/desired.json`, `observed.json`, and the lock of the one supervisor."""
 
 from __future__ import annotations
 
@@ -79,6 +79,8 @@ class ObservedModel(msgspec.Struct, frozen=True):
 
 
 class ObservedGateway(msgspec.Struct, frozen=True):
+    """Envoy as the supervisor sees it."""
+
     port: int | None
     ready: bool
     restarts: int
@@ -86,9 +88,14 @@ class ObservedGateway(msgspec.Struct, frozen=True):
 
 
 class Observed(msgspec.Struct, frozen=True):
-    """What is served. `generation` is the last desired state that took full effect; `error` what hinders the next."""
+    """What is served.
+
+    generation: the last desired state that took full effect. desired_mtime_ns: of the desired.json that this report
+    looks at. error: what hinders the next generation.
+    """
 
     generation: int
+    desired_mtime_ns: int
     models: list[ObservedModel]
     routing: Routing
     gateway: ObservedGateway
@@ -105,7 +112,7 @@ def folder(home: Path) -> Path:
 
 
 def desire(home: Path, state: State) -> int:
-    """Write the desired state, whole. The same state again changes nothing.
+    """Write the desired state, whole. The same state again changes nothing, but a predictor that refused is tried anew.
 
     Returns:
         The generation to wait for.
@@ -114,6 +121,7 @@ def desire(home: Path, state: State) -> int:
     with _locked(place / "desired.lock"):
         now = desired(home)
         if now is not None and (now.models, now.routing) == (state.models, state.routing):
+            os.utime(place / "desired.json")
             return now.generation
         generation = 1 if now is None else now.generation + 1
         made = Desired(models=state.models, routing=state.routing, generation=generation)
@@ -139,6 +147,14 @@ def desired(home: Path) -> Desired | None:
             got=error,
             next_step="undo the change, or delete the file and release again",
         ) from None
+
+
+def desired_mtime_ns(home: Path) -> int:
+    """When the desired state was last written, 0 if never."""
+    try:
+        return (home / "serving" / "desired.json").stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def observed(home: Path) -> Observed | None:

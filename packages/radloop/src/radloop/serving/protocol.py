@@ -179,5 +179,5 @@ def _bad(message: str) -> Refusal:
 
 
 def _harmless(error: msgspec.DecodeError) -> str:
-    """msgspec names types and places. Where it quotes, it quotes the request: leave that out."""
+    """What msgspec says: it names types and places. Where it quotes, it quotes the request: leave that out."""
     return re.sub(r"'[^']*'", "'...'", str(error)) + " (note that NaN and Infinity are no JSON)"

@@ -1,8 +1,8 @@
 """The one process behind `radloop serve`: makes what is served equal `serving/desired.json`, and keeps it so.
 
-Well-kept supervisors were looked at and do not fit: supervisord and circus change their set of processes by commands over
-a socket of their own and know "running", not "ready to answer"; honcho never restarts; none ends its children when it is
-killed itself. Here the set follows a file, routes follow readiness, and the kernel ends the children.
+Well-kept supervisors were looked at and do not fit: supervisord and circus change their set of processes by commands
+over a socket of their own and know "running", not "ready to answer"; honcho never restarts; none ends its children when
+it is killed itself. Here the set follows a file, routes follow readiness, and the kernel ends the children.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from radloop.serving.desired import (
     ObservedModel,
     Routing,
     desired,
+    desired_mtime_ns,
     folder,
     supervising,
 )
@@ -50,7 +51,8 @@ class Supervisor:
         admin_port: Envoy's admin interface, always on 127.0.0.1; 0 lets the system choose.
         host: the address Envoy binds; predictors are on 127.0.0.1 always.
 
-    `run` blocks until `stop` is called (from a signal handler or another thread). Children belong to the thread that runs.
+    `run` blocks until `stop` is called (from a signal handler or another thread). The thread that runs must live as
+    long as the children shall (`process`).
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class Supervisor:
         self._predictors: dict[str, Child] = {}
         self._retired: list[tuple[float, Child]] = []
         self._desired = Desired()
-        self._seen: tuple[int, int] | None = None
+        self._seen_ns = 0
         self._error: str | None = None
         self._routes = Routes(model_name=model_name)
         self._routing = Routing()
@@ -128,16 +130,15 @@ class Supervisor:
         self._report()
 
     def _read_desired(self) -> None:
-        """Once a change: the file is replaced whole, so its inode and time tell."""
-        try:
-            stat = (self._place / "desired.json").stat()
-        except FileNotFoundError:
+        """Once a change. Predictors that refused, or wait before another start, are tried at once."""
+        written_ns = desired_mtime_ns(self.home)
+        if written_ns == self._seen_ns:
             return
-        if (stat.st_ino, stat.st_mtime_ns) == self._seen:
-            return
-        self._seen = (stat.st_ino, stat.st_mtime_ns)
+        self._seen_ns = written_ns
+        for child in self._predictors.values():
+            child.try_again()
         try:
-            self._desired = desired(self.home) or self._desired
+            self._desired = desired(self.home) or Desired()
             self._error = None
         except ServingError as error:
             self._error = str(error)
@@ -240,6 +241,7 @@ class Supervisor:
         child = self._gateway
         now = Observed(
             generation=self._generation,
+            desired_mtime_ns=self._seen_ns,
             models=made,
             routing=self._routing,
             gateway=ObservedGateway(child.port, child.ready, child.restarts, child.last_error),
@@ -259,7 +261,7 @@ class Supervisor:
         children = [self._gateway, *self._predictors.values(), *(child for _at, child in self._retired)]
         for child in children:
             child.terminate()
-        while not all([child.gone() for child in children]):
+        while children := [child for child in children if not child.gone()]:
             time.sleep(0.02)
         self._report()
 
@@ -292,6 +294,6 @@ def _check_port(host: str, port: int) -> None:
                         "the gateway's port cannot be bound",
                         expected=f"{host}:{port} to be free",
                         got=error.strerror,
-                        next_step=f"end what listens there, or choose another gateway port (0: any); `ss -ltnp sport = :{port}`",
+                        next_step="end what listens there, or choose another gateway port (0: any free one)",
                     ) from None
         time.sleep(0.1)

@@ -6,6 +6,7 @@ from radloop.artifact import Kind, Verdict
 
 __all__ = [
     "Dataset",
+    "Decision",
     "Drift",
     "Evaluation",
     "Instances",
@@ -110,3 +111,9 @@ class Performance(Kind):
     """`performance.json`: predictions against the labels that have arrived."""
 
     name = "performance"
+
+
+class Decision(Kind):
+    """`decision.json`: whether to train again, and why."""
+
+    name = "decision"

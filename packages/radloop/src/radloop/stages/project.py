@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import msgspec
+
+from radloop.errors import SettingsError
 from radloop.settings import FILE, Settings, load, secret
 
 if TYPE_CHECKING:
@@ -12,6 +16,8 @@ if TYPE_CHECKING:
     from radloop.dicom.landing import Landing
     from radloop.dicom.uids import Pseudonymiser
     from radloop.learning.tracking import Tracking
+
+T = TypeVar("T")
 
 
 def settings_of(home: Path) -> Settings:
@@ -55,3 +61,44 @@ def open_tracking(home: Path) -> Tracking:
         settings.mlflow.artifacts or (folder / "artifacts").as_uri(),
         settings.mlflow.experiment or settings.task.name,
     )
+
+
+def check(settings: Settings) -> None:
+    """Check the sections that a room reads, before a long run meets a typo.
+
+    Raises:
+        SettingsError: an unknown name, with the nearest known one, or a value of a wrong type.
+    """
+    from radloop.imaging.transforms import Preprocessing
+    from radloop.learning.evaluate import EvaluateConfig
+    from radloop.learning.gates import GateConfig
+    from radloop.learning.train import TrainConfig
+    from radloop.monitoring.drift import Thresholds
+    from radloop.serving.judge import Margins
+
+    for name, values, struct in (
+        ("preprocess", settings.preprocess, Preprocessing),
+        ("train", settings.train, TrainConfig),
+        ("evaluate", settings.evaluate, EvaluateConfig),
+        ("gates", settings.gates, GateConfig),
+        ("watch.drift", settings.watch.drift, Thresholds),
+        ("release.judge", settings.release.judge, Margins),
+    ):
+        section(name, values, struct)
+
+
+def section(name: str, values: dict[str, Any], struct: type[T]) -> T:
+    """One section of radloop.toml as the room that reads it wants it. Raises SettingsError on what it does not know."""
+    known = [field.name for field in msgspec.structs.fields(struct)]  # type: ignore[type-var]
+    for given in values:
+        if given not in known:
+            near = difflib.get_close_matches(given, known, 1)
+            raise SettingsError(
+                f"{FILE}: [{name}] has no setting {given!r}",
+                expected=", ".join(known),
+                next_step=f"did you mean {near[0]!r}?" if near else "see the comments in it",
+            )
+    try:
+        return msgspec.convert(values, struct)
+    except msgspec.ValidationError as error:
+        raise SettingsError(f"{FILE}: [{name}] {error}", next_step="see the comments in it") from None

@@ -59,7 +59,7 @@ SCANNERS: dict[str, Scanner] = {
     ),
     "B": Scanner(
         "Boreal Medical", "Boreal DX 300", "DX", 320, 320, 1.34, 14, "MONOCHROME1",
-        photons=1200, blur_px=2.2, exposure=0.04, gain_spread=0.08, equalise=0.65, gamma=1.5, grid=0.02, collimated=0.13, zoom=0.86,
+        photons=1200, blur_px=2.2, exposure=0.04, gain_spread=0.08, equalise=0.6, gamma=0.7, grid=0.02, collimated=0.16, zoom=0.82,
     ),
 }  # fmt: skip
 

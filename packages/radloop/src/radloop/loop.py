@@ -1,0 +1,172 @@
+"""The loop: prepare, develop, release and watch, the stages wired. Each is built from a project's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from radloop.pipeline import Builder, Pipeline
+from radloop.settings import Settings
+from radloop.stage.protocol import Approval
+from radloop.stages import develop as d
+from radloop.stages import kinds as k
+from radloop.stages import prepare as p
+from radloop.stages import release as r
+from radloop.stages import watch as w
+
+
+def prepare(settings: Settings) -> Pipeline:
+    """From what has arrived to a dataset version. `baseline`: the validation of the champion's dataset version."""
+    b = Builder("prepare")
+    baseline = b.input("baseline", k.Validation, optional=True)
+    key = settings.deidentify.key
+    arrived = b.add(
+        p.ingest,
+        folders=[msgspec.to_builtins(folder) for folder in settings.ingest.folders],
+        task=settings.task.name,
+        given_split=settings.split.given,
+    )
+    cleaned = b.add(p.deidentify, received=arrived.received, profile=settings.deidentify.profile, key=key)
+    checked = b.add(
+        p.quality,
+        clean=cleaned.clean,
+        modalities=list(settings.accept.modalities),
+        sop_classes=list(settings.accept.sop_classes),
+    ).checked
+    valid = b.add(p.validate, checked=checked, baseline=baseline)
+    tensors = b.add(p.preprocess, checked=checked, preprocessing=settings.preprocess).tensors
+    b.add(
+        p.publish,
+        checked=checked,
+        labels=arrived.labels,
+        tensors=tensors,
+        validation=valid.validation,
+        gates=[valid.verdict],
+        key=key,
+        positive=list(settings.task.positive),
+        negative=list(settings.task.negative),
+        fractions=[settings.split.train, settings.split.validation, settings.split.test],
+    )
+    return b.build()
+
+
+def develop(settings: Settings) -> Pipeline:
+    """From a dataset version to a registered challenger that passed its gates."""
+    b = Builder("develop")
+    dataset, tensors = b.input("dataset", k.Dataset), b.input("tensors", k.Tensors)
+    validation = b.input("validation", k.Validation)
+    champion = b.input("champion", k.Package, optional=True)
+    champion_dataset = b.input("champion_dataset", k.Dataset, optional=True)
+    parts = b.add(d.split, dataset=dataset, champion_dataset=champion_dataset)
+    model = b.add(
+        d.train, dataset=dataset, tensors=tensors, split=parts.split, gates=[parts.verdict], config=settings.train
+    ).model
+    measured = b.add(
+        d.evaluate,
+        dataset=dataset,
+        tensors=tensors,
+        model=model,
+        champion=champion,
+        champion_dataset=champion_dataset,
+        task=settings.task.name,
+        config=settings.evaluate,
+        gates_config=settings.gates,
+    )
+    package = b.add(
+        d.package,
+        dataset=dataset,
+        tensors=tensors,
+        model=model,
+        evaluation=measured.evaluation,
+        gates=[measured.verdict],
+        task=settings.task.name,
+        intended_use=settings.task.intended_use,
+        modalities=list(settings.accept.modalities),
+        sop_classes=list(settings.accept.sop_classes),
+    ).package
+    b.add(
+        d.register,
+        dataset=dataset,
+        tensors=tensors,
+        validation=validation,
+        model=model,
+        evaluation=measured.evaluation,
+        package=package,
+        config=settings.train,
+    )
+    return b.build()
+
+
+def release(settings: Settings) -> Pipeline:
+    """From a registered challenger to the champion: smoke test, shadow, approval, canary, promotion."""
+    b = Builder("release")
+    package, registered = b.input("package", k.Package), b.input("registered", k.Registered)
+    approval = Approval(of="package", role=settings.release.approver_role)
+    wait_s, judge = settings.release.wait_s, settings.release.judge
+    smoked = b.add(r.smoke, package=package, registered=registered, wait_s=wait_s)
+    shadowed = b.add(r.shadow, package=package, registered=registered, smoked=smoked.released, judge=judge, wait_s=wait_s)
+    canary = b.add(
+        r.canary,
+        package=package,
+        registered=registered,
+        shadowed=shadowed.released,
+        gates=[shadowed.verdict],
+        approval=approval,
+        judge=judge,
+        steps=list(settings.release.steps),
+        clinical_canary=settings.release.clinical_canary,
+        wait_s=wait_s,
+    )
+    b.add(
+        r.promote,
+        package=package,
+        registered=registered,
+        proven=canary.released,
+        gates=[canary.verdict],
+        approval=approval,
+        wait_s=wait_s,
+    )
+    return b.build()
+
+
+def watch(settings: Settings) -> Pipeline:
+    """From the prediction log to drift, performance, alerts, a labelling request, and whether to train again."""
+    b = Builder("watch")
+    dataset, evaluation = b.input("dataset", k.Dataset), b.input("evaluation", k.Evaluation)
+    package = b.input("package", k.Package)
+    window = b.add(w.collect, package=package, patients=settings.watch.window_patients).predictions
+    drift = b.add(
+        w.drift, predictions=window, dataset=dataset, evaluation=evaluation, thresholds=settings.watch.drift
+    ).drift
+    performance = b.add(
+        w.performance, predictions=window, evaluation=evaluation, package=package, task=settings.task.name,
+        positive=list(settings.task.positive), negative=list(settings.task.negative),
+    ).performance
+    b.add(
+        w.alert,
+        drift=drift,
+        performance=performance,
+        predictions=window,
+        package=package,
+        smtp=msgspec.to_builtins(settings.alerts),
+        label_request_size=settings.watch.label_request_size,
+    )
+    b.add(
+        w.decide,
+        drift=drift,
+        dataset=dataset,
+        task=settings.task.name,
+        positive=list(settings.task.positive),
+        negative=list(settings.task.negative),
+        patients_per_class=settings.watch.retrain_patients_per_class,
+    )
+    return b.build()
+
+
+PIPELINES: dict[str, Callable[[Settings], Pipeline]] = {
+    "prepare": prepare,
+    "develop": develop,
+    "release": release,
+    "watch": watch,
+}

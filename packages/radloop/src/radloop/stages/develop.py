@@ -1,0 +1,238 @@
+"""Stages of `develop`: from a dataset version to a registered challenger."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from radloop.stage import Home, In, Out, stage
+from radloop.stage.execute import log, progress
+from radloop.stages.kinds import (
+    Dataset,
+    Evaluation,
+    Model,
+    Package,
+    Registered,
+    Split,
+    Tensors,
+    Validation,
+    Verdict,
+)
+
+
+@stage
+def split(
+    dataset: In[Dataset], champion_dataset: In[Dataset] | None, split: Out[Split], verdict: Out[Verdict]
+) -> None:
+    """The leakage gate: no patient and no image in two parts, no test patient that the champion learnt from."""
+    from radloop.datasets import manifest
+    from radloop.datasets import split as parts
+
+    table = manifest.read(dataset.file("manifest.parquet"))
+    models = {"the champion": _learnt_from(champion_dataset)[0]} if champion_dataset else {}
+    found = parts.leakage(table, models=models)
+    split.write_json("split.json", {**msgspec.to_builtins(found), "counts": manifest.counts(table)})
+    figure = found.crossing_patients + found.crossing_pixels + sum(found.trained_on_test.values())
+    told = "pass" if found.clean else "stop"
+    gate = {
+        "gate": "leakage",
+        "verdict": "pass" if found.clean else "fail",
+        "figure": figure,
+        "bound": 0,
+        "detail": found.message,
+    }
+    verdict.verdict(told, f"the leakage gate {'passed' if found.clean else 'refused'}: {found.message}", [gate])
+
+
+@stage
+def train(
+    dataset: In[Dataset],
+    tensors: In[Tensors],
+    split: In[Split],
+    model: Out[Model],
+    *,
+    config: dict[str, Any] = {},  # noqa: B006 - stages never change their parameters
+) -> None:
+    """Train the network and keep the epoch with the best validation AUC."""
+    from radloop.datasets import manifest
+    from radloop.datasets.tensors import TensorSet
+    from radloop.learning import train as training
+
+    table = manifest.read(dataset.file("manifest.parquet"))
+    chosen = msgspec.convert(config, training.TrainConfig)
+    fitted = training.fit(
+        TensorSet(tensors.path), table, preprocessing_of(tensors), chosen, model.path, progress=progress
+    )
+    model.counts.update(epochs=len(fitted.history), best_epoch=fitted.best_epoch)
+    log(f"best epoch {fitted.best_epoch} of {len(fitted.history)}, on {fitted.device}")
+
+
+@stage
+def evaluate(
+    dataset: In[Dataset],
+    tensors: In[Tensors],
+    model: In[Model],
+    champion: In[Package] | None,
+    champion_dataset: In[Dataset] | None,
+    evaluation: Out[Evaluation],
+    verdict: Out[Verdict],
+    *,
+    home: Home,
+    task: str = "finding",
+    config: dict[str, Any] = {},  # noqa: B006
+    gates_config: dict[str, Any] = {},  # noqa: B006
+) -> None:
+    """Measure on test patients, beside the champion where there is one, and hold the figures against the gates."""
+    from radloop.datasets import manifest
+    from radloop.datasets.tensors import TensorSet
+    from radloop.learning import evaluate as measuring
+    from radloop.learning import gates
+    from radloop.stages.project import open_catalog
+
+    beside = None
+    if champion and champion_dataset:
+        patients, sites = _learnt_from(champion_dataset)
+        beside = measuring.Champion(f"champion {champion.digest[:12]}", champion.path, patients, sites)
+    measured = measuring.evaluate(
+        model.path,
+        TensorSet(tensors.path),
+        manifest.read(dataset.file("manifest.parquet")),
+        preprocessing_of(tensors),
+        msgspec.convert(config, measuring.EvaluateConfig),
+        evaluation.path,
+        task=task,
+        champion=beside,
+        progress=progress,
+    )
+    judged = gates.judge(measured, msgspec.convert(gates_config, gates.GateConfig))
+    told = gates.overall(judged)
+    rows = msgspec.to_builtins(judged)
+    with open_catalog(home) as catalog:
+        for row in rows:
+            key = f"gate:{model.digest}:{dataset.digest}:{row['gate']}:{row['verdict']}:{row['figure']}"
+            catalog.ledger.append("gate", model.digest, row, actor="evaluate", key=key[:255])
+    verdict.verdict(told, gates.message(judged), rows)
+
+
+@stage
+def package(
+    dataset: In[Dataset],
+    tensors: In[Tensors],
+    model: In[Model],
+    evaluation: In[Evaluation],
+    package: Out[Package],
+    *,
+    home: Home,
+    task: str = "finding",
+    intended_use: str = "",
+    modalities: list[str] = ["CR", "DX"],  # noqa: B006
+    sop_classes: list[str] = [],  # noqa: B006
+) -> None:
+    """Export to ONNX, compare it with the network it came from, and put all that serving needs into one folder."""
+    from radloop.datasets import manifest
+    from radloop.datasets.tensors import TensorSet
+    from radloop.learning import package as packaging
+
+    table = manifest.read(dataset.file("manifest.parquet"))
+    packaging.build(
+        model.path,
+        evaluation.path,
+        package.path,
+        tensors=TensorSet(tensors.path),
+        table=table,
+        identity=packaging.Identity(
+            model_digest=model.digest,
+            dataset_digest=manifest.digest(table),
+            preprocessing_digest=preprocessing_of(tensors).digest,
+            key_id=str(table["key_id"][0].as_py()),
+            task=task,
+        ),
+        inputs=packaging.Inputs(modalities=modalities, sop_classes=sop_classes),
+        intended_use=intended_use,
+    )
+
+
+@stage
+def register(
+    dataset: In[Dataset],
+    tensors: In[Tensors],
+    validation: In[Validation],
+    model: In[Model],
+    evaluation: In[Evaluation],
+    package: In[Package],
+    registered: Out[Registered],
+    *,
+    home: Home,
+    config: dict[str, Any] = {},  # noqa: B006
+) -> None:
+    """Log run, metrics, dataset version and model to MLflow; the new version becomes the challenger."""
+    from radloop.datasets import manifest
+    from radloop.stages.project import open_catalog, open_tracking
+
+    table = manifest.read(dataset.file("manifest.parquet"))
+    digest = manifest.digest(table)
+    tracking = open_tracking(home)
+    version = tracking.register(
+        package=package.path,
+        package_digest=package.digest,
+        model=model.path,
+        evaluation=evaluation.path,
+        manifest=table,
+        dataset_digest=digest,
+        params=config,
+    )
+    tracking.set_alias("challenger", version.version)
+    places = {
+        name: str(artifact.path.resolve().relative_to(home.resolve()))
+        for name, artifact in (
+            *(("dataset", dataset), ("tensors", tensors), ("validation", validation)),
+            *(("model", model), ("evaluation", evaluation), ("package", package)),
+        )
+    }
+    with open_catalog(home) as catalog:
+        catalog.add_model(
+            model.digest,
+            dataset_digest=digest,
+            preprocessing_digest=preprocessing_of(tensors).digest,
+            version=str(version.version),
+            info={**places, "run_id": version.run_id, "package_digest": package.digest},
+        )
+        catalog.ledger.append(
+            "training",
+            model.digest,
+            {"dataset": digest, "version": str(version.version), "package": package.digest},
+            actor="register",
+            key=f"training:{model.digest}:{digest}",
+        )
+        labelled = {row["sop_uid"] for row in table.to_pylist() if row["label"] is not None}
+        for request in catalog.label_requests("open"):
+            if labelled & set(request.sop_uids):
+                catalog.close_label_request(request.id, actor="register")
+    registered.write_json("registered.json", {"version": str(version.version), "package": package.digest})
+
+
+def preprocessing_of(tensors: In[Tensors]) -> Any:
+    """The preprocessing that made the tensors. Raises ArtifactError if the code has changed since."""
+    from radloop.errors import ArtifactError
+    from radloop.imaging.transforms import Preprocessing
+
+    told = tensors.json("preprocessing.json")
+    assert isinstance(told, dict)
+    chosen = msgspec.convert(told["parameters"], Preprocessing)
+    if chosen.digest != told["digest"]:
+        raise ArtifactError(
+            "these tensors were made by another version of the preprocessing",
+            expected=told["digest"],
+            got=chosen.digest,
+            next_step="radloop run prepare",
+        )
+    return chosen
+
+
+def _learnt_from(dataset: In[Dataset]) -> tuple[set[str], set[str]]:
+    """Patients and sites that a model of this dataset version learnt from: validation chose its epoch and threshold."""
+    from radloop.stages.prepare import read_table
+
+    rows = [row for row in read_table(dataset.file("manifest.parquet")) if row["part"] in ("train", "validation")]
+    return {row["patient"] for row in rows}, {row["site"] for row in rows}
