@@ -30,7 +30,9 @@ def generate() -> dict[str, str]:
 
 
 def _pages(command: Any, name: str, parent: Any = None) -> Iterator[tuple[str, str]]:
-    context = command.make_context(name, [], parent=parent, resilient_parsing=True, max_content_width=110, terminal_width=110)
+    context = command.make_context(
+        name, [], parent=parent, resilient_parsing=True, max_content_width=110, terminal_width=110
+    )
     yield name, "\n".join(line.rstrip() for line in command.get_help(context).splitlines())
     for child in getattr(command, "commands", {}).values():
         if not child.hidden:

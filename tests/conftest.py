@@ -13,7 +13,9 @@ from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
-settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "ci", derandomize=True, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
@@ -54,7 +56,9 @@ def require_service() -> Callable[..., str]:
         for binary in binaries:
             if found := shutil.which(binary, path=here):
                 return found
-        _absent("services", f"{name} is not installed (looked for: {', '.join(binaries)}); `make test-deps` installs it")
+        _absent(
+            "services", f"{name} is not installed (looked for: {', '.join(binaries)}); `make test-deps` installs it"
+        )
         raise AssertionError
 
     return find

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,3 +24,72 @@ class TestLocal(EngineSuite):
             return local.run(pipeline, home=home, approved=approvals(home), **options)
 
         return run
+
+
+def test_second_run_at_once_is_refused(tmp_path: Path) -> None:
+    """Two runs of one pipeline would publish two dataset versions from half of the images each."""
+    import subprocess
+    import sys
+    import time
+
+    home = tmp_path / "home"
+    script = (
+        "import sys, time; from pathlib import Path; from radloop.pipeline.run import _locked\n"
+        "with _locked(Path(sys.argv[1]), 'suite', 'first-run'):\n    print('held', flush=True); time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(home)], stdout=subprocess.PIPE) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == b"held\n"
+            with pytest.raises(RunLocked, match=f"run first-run, process {holder.pid}"):
+                local.run(small(), home=home)
+        finally:
+            holder.kill()
+    for _ in range(50):  # the kernel drops the lock with the process
+        try:
+            assert local.run(small(), home=home).status == "succeeded"
+            break
+        except RunLocked:
+            time.sleep(0.1)
+
+
+def test_missing_environment_names_the_command(tmp_path: Path) -> None:
+    """Without TFDV a user must learn what to type, before anything has run."""
+    b = Builder("suite")
+    b.add(s.numbers)
+    pipeline = b.build()
+    node = pipeline.nodes[0].__class__(**{**as_dict(pipeline.nodes[0]), "environment": "tfdv"})
+    with pytest.raises(SettingsError, match="radloop setup"):
+        local.run(Pipeline(name="suite", nodes=(node,)), home=tmp_path)
+    with pytest.raises(SettingsError, match="got: /nowhere/python"):
+        local.run(Pipeline(name="suite", nodes=(node,)), home=tmp_path, environments={"tfdv": "/nowhere/python"})
+
+
+def test_unknown_or_missing_pipeline_input(tmp_path: Path) -> None:
+    """A dataset passed under a wrong name must not be passed over."""
+    b = Builder("suite")
+    b.add(s.total, given=b.input("given", s.Numbers))
+    with pytest.raises(DefinitionError, match="needs the input 'given'"):
+        local.run(b.build(), home=tmp_path)
+    made = local.run(small(), home=tmp_path)
+    path = Path(made.outputs["numbers.made"])
+    with pytest.raises(DefinitionError, match="has no input 'givn'"):
+        local.run(b.build(), home=tmp_path, inputs={"given": path, "givn": path})
+    with pytest.raises(DefinitionError, match="of another kind"):
+        local.run(b.build(), home=tmp_path, inputs={"given": Path(made.outputs["limit.verdict"])})
+
+
+def test_code_is_part_of_the_key() -> None:
+    """A mended `dicom/uids.py` must run deidentify again, or the old pseudonyms stay."""
+    import grimp
+
+    from radloop.pipeline.keys import code_digest
+
+    upstream = grimp.build_graph("radloop").find_upstream_modules("radloop.stages.prepare")
+    assert {"radloop.dicom.uids", "radloop.imaging.transforms", "radloop.datasets.manifest"} <= upstream
+    assert "radloop.engines.local" not in upstream
+    assert code_digest("radloop.stages.prepare") != code_digest("radloop.testing.suite_stages")
+
+
+def as_dict(node: Any) -> dict[str, Any]:
+    return {name: getattr(node, name) for name in node.__struct_fields__}

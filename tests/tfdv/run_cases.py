@@ -1,6 +1,6 @@
 """Run under the TFDV environment's Python: validates the cases in a JSON file, in order, in one process.
 
-    python run_cases.py CASES.json RESULTS.json
+python run_cases.py CASES.json RESULTS.json
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ def main() -> None:
     """Each result is what `validate` returned, or the error that it raised."""
     cases, results = Path(sys.argv[1]), {}
     for name, arguments in json.loads(cases.read_text()).items():
-        paths = {key: Path(arguments.pop(key)) for key in ("table", "out", "baseline", "reviewed_schema") if key in arguments}
+        paths = {
+            key: Path(arguments.pop(key)) for key in ("table", "out", "baseline", "reviewed_schema") if key in arguments
+        }
         try:
             results[name] = validate(paths.pop("table"), paths.pop("out"), **paths, **arguments)
         except RadloopError as error:

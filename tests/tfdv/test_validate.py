@@ -54,7 +54,10 @@ CASES: dict[str, tuple[pa.Table | bytes | None, dict[str, Any]]] = {
     "emptied": (table(300, manufacturer=pa.nulls(300)), {"baseline": "first"}),
     "retyped": (table(300, rows=np.full(300, 1.5), f_mean=["dark"] * 300), {"baseline": "first"}),
     "reviewed": (table(600, sites=("A", "B"), seed=1), {"reviewed_schema": "reviewed.pbtxt", "baseline": "first"}),
-    "lenient": (table(600, sites=("A", "B"), shift=2.0, seed=1), {"baseline": "first", "jensen_shannon_max": 1.0, "l_infinity_max": 1.0}),
+    "lenient": (
+        table(600, sites=("A", "B"), shift=2.0, seed=1),
+        {"baseline": "first", "jensen_shannon_max": 1.0, "l_infinity_max": 1.0},
+    ),
     "truncated": (b"PAR1 and then nothing", {}),
     "absent": (None, {}),
     "no_rows": (table(300).slice(0, 0), {}),
@@ -68,9 +71,21 @@ CASES: dict[str, tuple[pa.Table | bytes | None, dict[str, Any]]] = {
 def run(python: Path, folder: Path, cases: dict[str, Any], hash_seed: str) -> dict[str, Any]:
     """Validate the cases in one TFDV process, as silent as a stage has to be."""
     (folder / "cases.json").write_text(json.dumps(cases))
-    command = [python, "-W", "error", Path(__file__).with_name("run_cases.py"), folder / "cases.json", folder / "results.json"]
+    command = [
+        python,
+        "-W",
+        "error",
+        Path(__file__).with_name("run_cases.py"),
+        folder / "cases.json",
+        folder / "results.json",
+    ]
     done = subprocess.run(
-        command, env={**os.environ, "PYTHONHASHSEED": hash_seed}, capture_output=True, text=True, timeout=240, check=False
+        command,
+        env={**os.environ, "PYTHONHASHSEED": hash_seed},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     return dict(json.loads((folder / "results.json").read_text()))
@@ -84,7 +99,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(tfdv_python: Path, folder: Path) -> dict[str, Any]:
-    """Return what every case came to. TFDV's import is paid once more only for the reviewed schema, which needs a first run."""
+    """Return what every case came to. TFDV is started again for what needs a first run."""
     cases = {}
     for name, (content, options) in CASES.items():
         if isinstance(content, bytes):
@@ -151,7 +166,7 @@ def test_second_site_warns_and_drifts_but_does_not_stop(results: dict[str, Any],
 
 
 def test_both_comparators_measure(results: dict[str, Any], folder: Path) -> None:
-    """TFDV's skew comparator was never proven here: it must give the distance that the drift comparator gives, by measure."""
+    """Skew measured as nothing would hide every difference: it must be the distance that the drift comparator gives."""
     rows = {row["feature"]: row for row in read(folder / "grown" / "drift.json")["features"]}
     half = rows["site"]
     assert half["measure"] == "l_infty"
@@ -198,7 +213,14 @@ def test_output_is_the_same_in_every_process(results: dict[str, Any], folder: Pa
     """An output that differs between runs would change the dataset's key, and nothing could be resumed or traced."""
     assert results["again"] == results["grown"]
     names = sorted(path.name for path in (folder / "grown").iterdir())
-    expected = ["anomalies.json", "drift.json", "schema.pbtxt", "schema.proposed.pbtxt", "statistics.json", "statistics.pbtxt"]
+    expected = [
+        "anomalies.json",
+        "drift.json",
+        "schema.pbtxt",
+        "schema.proposed.pbtxt",
+        "statistics.json",
+        "statistics.pbtxt",
+    ]
     assert names == [*expected, "summary.json"]
     for name in names:
         digests = {hashlib.sha256((folder / case / name).read_bytes()).hexdigest() for case in ("grown", "again")}

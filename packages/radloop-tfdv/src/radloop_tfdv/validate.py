@@ -1,7 +1,7 @@
 """A dataset version's table against its schema, and against the version before it.
 
-One process a version: statistics, schema, anomalies, drift and skew, from the Parquet table that the stage `quality` wrote.
-Everything written is a function of the table, the baseline and the parameters: no time, host or path.
+One process a version: statistics, schema, anomalies, drift and skew, from the Parquet table that the stage `quality`
+wrote. Everything written is a function of the table, the baseline and the parameters: no time, host or path.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CATEGORICAL = ("manufacturer", "modality", "photometric", "sex", "site", "view_p
 INTEGER = ("bits_stored", "columns", "rows")
 REAL = ("age_years",)  # and every column `f_*`, the intensity features
 
-# A handful of unexpected values is what the quality stage quarantines by the instance. This share of them is another data set.
+# A handful of unexpected values is what the quality stage quarantines by the instance. This share is another data set.
 IDENTITY = ("modality", "photometric")
 IDENTITY_STOP_FRACTION = 0.05
 
@@ -63,6 +63,9 @@ STOPS = frozenset(
 
 TOP_VALUES = 20
 
+# pandas' own integers would become floats where a value is missing, and TFDV would call that a changed type.
+INTEGERS: dict[Any, Any] = {pa.int64(): pd.Int64Dtype()}
+
 Statistics = statistics_pb2.DatasetFeatureStatisticsList
 
 
@@ -77,24 +80,25 @@ def validate(
 ) -> dict[str, Any]:
     """Validate one version's table and write what was found into the directory `out`.
 
-    Read are the features and tags named at the top of this module and the columns `f_*`, as far as the table has them; a UID,
-    a pseudonym or a path never enters the statistics.
+    Read are the features and tags named at the top of this module and the columns `f_*`, as far as the table has
+    them; a UID, a pseudonym or a path never enters the statistics.
 
-    The schema is the one a person reviewed (`reviewed_schema`); else the baseline's, so that the first version's stays in force
-    until somebody decides otherwise; else it is inferred from this table, which then is the first version and passes by
-    construction. An inferred domain holds the values seen, so that a new one is an anomaly.
+    The schema is the one a person reviewed (`reviewed_schema`); else the baseline's, so that the first version's
+    stays in force until somebody decides otherwise; else it is inferred from this table, which then is the first
+    version and passes by construction. An inferred domain holds the values seen, so that a new one is an anomaly.
 
-    What stops and what warns. `stop` is for a broken schema, where the numbers that follow would mean something else than
-    they say: a column gone, or filled nowhere where it was filled before (a version holds the versions before it, so no new
-    site can empty a column; a broken reader can), a type changed, a schema that contradicts itself, or more than 5 % of the
-    instances outside the domain of `modality` or `photometric`, which say what a pixel is. All else warns: a new manufacturer,
-    site or view is what a second hospital brings, a few more missing ages are life, and how much a changed distribution costs
-    is for the gates on the model to say, with its labels in hand. Drift never stops here, for the same reason.
+    What stops and what warns. `stop` is for a broken schema, where the numbers that follow would mean something else
+    than they say: a column gone, or filled nowhere where it was filled before (a version holds the versions before
+    it, so no new site can empty a column; a broken reader can), a type changed, a schema that contradicts itself, or
+    more than 5 % of the instances outside the domain of `modality` or `photometric`, which say what a pixel is. All
+    else warns: a new manufacturer, site or view is what a second hospital brings, a few more missing ages are life,
+    and how much a changed distribution costs is for the gates on the model to say, with its labels in hand. Drift
+    never stops here, for the same reason.
 
-    Drift and skew are TFDV's two comparators, this version as the later span and as the training data, the baseline as the
-    earlier span and as what is served; the measure is the approximate Jensen-Shannon divergence for numbers and the L-infinity
-    distance (largest change of one value's share) for categories. Both are between 0 and 1, and noisy below a few hundred
-    instances: with 24 on each side, a Jensen-Shannon divergence above 0.1 is chance.
+    Drift and skew are TFDV's two comparators, this version as the later span and as the training data, the baseline
+    as the earlier span and as what is served; the measure is the approximate Jensen-Shannon divergence for numbers
+    and the L-infinity distance (largest change of one value's share) for categories. Both are between 0 and 1, and
+    noisy below a few hundred instances: with 24 on each side, a Jensen-Shannon divergence above 0.1 is chance.
 
     Args:
         table: Parquet, one row an instance.
@@ -106,10 +110,11 @@ def validate(
 
     Returns:
         What stands in `summary.json`: `verdict` ("pass" or "stop"), `schema` ("reviewed", "baseline" or "inferred"),
-        `instances`, `features`, `anomalies`, `stops` and `warnings` (counts), `drifted` (names, or None without a baseline).
+        `instances`, `features`, `anomalies`, `stops` and `warnings` (counts), `drifted` (names; None without baseline).
 
-    Writes `statistics.pbtxt`, `statistics.json` (compact, for reports), `schema.pbtxt`, `anomalies.json`, `drift.json` and,
-    last, `summary.json`. With anomalies, also `schema.proposed.pbtxt`, in which they are accepted: what a reviewer starts from.
+    Writes `statistics.pbtxt`, `statistics.json` (compact, for reports), `schema.pbtxt`, `anomalies.json`, `drift.json`
+    and, last, `summary.json`. With anomalies, also `schema.proposed.pbtxt`, in which they are accepted: what a reviewer
+    starts from.
 
     Raises:
         ArtifactError: the table or the baseline is missing or damaged.
@@ -180,13 +185,14 @@ def _frame(table: Path) -> pd.DataFrame:
             next_step="run the stage quality again",
         ) from error
     if not names:
-        raise DataError("the table has no column to validate", expected=", ".join((*CATEGORICAL, *INTEGER, *REAL, "f_*")))
+        raise DataError(
+            "the table has no column to validate", expected=", ".join((*CATEGORICAL, *INTEGER, *REAL, "f_*"))
+        )
     if columns.num_rows == 0:
         raise DataError("the table has no rows", expected="at least one instance", next_step="radloop quarantine list")
     typed = pa.table({name: _typed(name, columns.column(name)) for name in names})
     _refuse_infinities(typed)
-    # pandas' own integers would become floats where a value is missing, and TFDV would call that a changed type.
-    return typed.to_pandas(ignore_metadata=True, types_mapper={pa.int64(): pd.Int64Dtype()}.get)
+    return typed.to_pandas(ignore_metadata=True, types_mapper=INTEGERS.get)
 
 
 def _refuse_infinities(table: Any) -> None:
@@ -204,7 +210,9 @@ def _typed(name: str, column: Any) -> Any:
         kind = kind.value_type
     empty = pa.types.is_null(kind)
     if name in CATEGORICAL:
-        return column.cast(pa.string()) if empty or pa.types.is_string(kind) or pa.types.is_large_string(kind) else column
+        return (
+            column.cast(pa.string()) if empty or pa.types.is_string(kind) or pa.types.is_large_string(kind) else column
+        )
     if name in INTEGER:
         return column.cast(pa.int64()) if empty or pa.types.is_integer(kind) else column
     return column.cast(pa.float64()) if empty or pa.types.is_integer(kind) or pa.types.is_floating(kind) else column
@@ -220,16 +228,16 @@ def _read_statistics(baseline: Path) -> Any:
 
 def _choose_schema(statistics: Any, baseline: Path | None, reviewed: Path | None) -> tuple[str, Any]:
     if reviewed is not None:
-        wrong = SettingsError(
+        unread: Exception = SettingsError(
             "the reviewed schema cannot be read",
             expected="a schema.pbtxt as validate writes it",
             got=reviewed.name,
-            next_step="copy schema.pbtxt or schema.proposed.pbtxt of a validated version there, and read it before you do",
+            next_step="copy schema.pbtxt or schema.proposed.pbtxt of a validated version there, once you have read it",
         )
-        return "reviewed", _read_text(reviewed, schema_pb2.Schema(), wrong)
+        return "reviewed", _read_text(reviewed, schema_pb2.Schema(), unread)
     if baseline is not None:
-        wrong = ArtifactError("the baseline's schema cannot be read", expected="the output of an earlier validate")
-        return "baseline", _read_text(baseline / "schema.pbtxt", schema_pb2.Schema(), wrong)
+        unread = ArtifactError("the baseline's schema cannot be read", expected="the output of an earlier validate")
+        return "baseline", _read_text(baseline / "schema.pbtxt", schema_pb2.Schema(), unread)
     return "inferred", tfdv.infer_schema(statistics, infer_feature_shape=False)
 
 
@@ -266,13 +274,17 @@ def _is_another_data_set(feature: str, kind: str, statistics: Any, schema: Any) 
     if feature not in IDENTITY or kind != "ENUM_TYPE_UNEXPECTED_STRING_VALUES":
         return False
     known = set(tfdv.get_domain(schema, feature).value)
-    buckets = tfdv.get_feature_stats(statistics.datasets[0], tfdv.FeaturePath([feature])).string_stats.rank_histogram.buckets
+    buckets = tfdv.get_feature_stats(
+        statistics.datasets[0], tfdv.FeaturePath([feature])
+    ).string_stats.rank_histogram.buckets
     counts = {bucket.label: bucket.sample_count for bucket in buckets}
     outside = sum(count for label, count in counts.items() if label not in known)
-    return outside > IDENTITY_STOP_FRACTION * sum(counts.values())
+    return bool(outside > IDENTITY_STOP_FRACTION * sum(counts.values()))
 
 
-def _drift(statistics: Any, previous: Any, schema: Any, jensen_shannon_max: float, l_infinity_max: float) -> dict[str, Any]:
+def _drift(
+    statistics: Any, previous: Any, schema: Any, jensen_shannon_max: float, l_infinity_max: float
+) -> dict[str, Any]:
     """Return each feature's distance to the baseline; no features without one.
 
     A feature that only one of the two versions has is not comparable, and stands among the anomalies.
@@ -285,7 +297,9 @@ def _drift(statistics: Any, previous: Any, schema: Any, jensen_shannon_max: floa
     compared.CopyFrom(schema)
     for feature in compared.feature:
         text = feature.type == schema_pb2.BYTES
-        if is_text.get(feature.name) is not text:  # gone or of another type: an anomaly already, with nothing to compare
+        if (
+            is_text.get(feature.name) is not text
+        ):  # gone or of another type: an anomaly already, with nothing to compare
             continue
         for comparator in (feature.drift_comparator, feature.skew_comparator):
             if comparator.ByteSize() == 0:
@@ -327,7 +341,11 @@ def _numbers(stats: Any) -> dict[str, Any]:
     if stats.common_stats.num_non_missing == 0:
         return {"kind": "number"}
     quantiles = [histogram for histogram in stats.histograms if histogram.type == statistics_pb2.Histogram.QUANTILES]
-    edges = [bucket.low_value for bucket in quantiles[0].buckets] + [quantiles[0].buckets[-1].high_value] if quantiles else []
+    edges = (
+        [bucket.low_value for bucket in quantiles[0].buckets] + [quantiles[0].buckets[-1].high_value]
+        if quantiles
+        else []
+    )
     return {
         "kind": "number",
         "mean": stats.mean,

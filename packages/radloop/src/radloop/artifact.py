@@ -152,9 +152,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 def describe(folder: Path, kind: type[Kind], counts: Mapping[str, int]) -> Description:
     """Hash the members of a directory that is about to become an artifact."""
     members = {
-        path.relative_to(folder).as_posix(): file_digest(path)
-        for path in _walk(folder)
-        if path != folder / DESCRIPTION
+        path.relative_to(folder).as_posix(): file_digest(path) for path in _walk(folder) if path != folder / DESCRIPTION
     }
     digested = {n: d for n, d in members.items() if any(fnmatchcase(n, pattern) for pattern in kind.digested)}
     return Description(
@@ -215,9 +213,7 @@ def open_artifact(path: Path, kind: type[Kind] | None = None, *, verify: bool = 
     try:
         description = msgspec.json.decode((path / DESCRIPTION).read_bytes(), type=Description)
     except (FileNotFoundError, NotADirectoryError):
-        raise ArtifactError(
-            "no artifact is there", expected=f"a directory with {DESCRIPTION}", got=str(path)
-        ) from None
+        raise ArtifactError("no artifact is there", expected=f"a directory with {DESCRIPTION}", got=str(path)) from None
     except msgspec.DecodeError as error:
         raise ArtifactError(
             "an artifact's description cannot be read", expected="JSON of a Description", got=str(error)

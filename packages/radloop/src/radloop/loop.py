@@ -83,7 +83,6 @@ def develop(settings: Settings) -> Pipeline:
         task=settings.task.name,
         intended_use=settings.task.intended_use,
         modalities=list(settings.accept.modalities),
-        sop_classes=list(settings.accept.sop_classes),
     ).package
     b.add(
         d.register,
@@ -105,7 +104,9 @@ def release(settings: Settings) -> Pipeline:
     approval = Approval(of="package", role=settings.release.approver_role)
     wait_s, judge = settings.release.wait_s, settings.release.judge
     smoked = b.add(r.smoke, package=package, registered=registered, wait_s=wait_s)
-    shadowed = b.add(r.shadow, package=package, registered=registered, smoked=smoked.released, judge=judge, wait_s=wait_s)
+    shadowed = b.add(
+        r.shadow, package=package, registered=registered, smoked=smoked.released, judge=judge, wait_s=wait_s
+    )
     canary = b.add(
         r.canary,
         package=package,
@@ -140,8 +141,13 @@ def watch(settings: Settings) -> Pipeline:
         w.drift, predictions=window, dataset=dataset, evaluation=evaluation, thresholds=settings.watch.drift
     ).drift
     performance = b.add(
-        w.performance, predictions=window, evaluation=evaluation, package=package, task=settings.task.name,
-        positive=list(settings.task.positive), negative=list(settings.task.negative),
+        w.performance,
+        predictions=window,
+        evaluation=evaluation,
+        package=package,
+        task=settings.task.name,
+        positive=list(settings.task.positive),
+        negative=list(settings.task.negative),
     ).performance
     b.add(
         w.alert,

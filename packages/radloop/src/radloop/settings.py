@@ -159,7 +159,10 @@ def load(project: Path) -> Settings:
         data = tomllib.loads(path.read_text())
     except FileNotFoundError:
         raise SettingsError(
-            f"there is no {FILE} here", expected=f"a project folder with {FILE}", got=str(project), next_step="radloop init"
+            f"there is no {FILE} here",
+            expected=f"a project folder with {FILE}",
+            got=str(project),
+            next_step="radloop init",
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"{FILE} is no valid TOML", expected="TOML 1.0", got=str(error)) from None
@@ -213,7 +216,9 @@ def secret(reference: str, project: Path) -> bytes:
         ) from None
     if mode & 0o077:
         raise SettingsError(
-            f"the secret {reference} can be read by others", expected="mode 600", got=f"mode {mode:o}",
+            f"the secret {reference} can be read by others",
+            expected="mode 600",
+            got=f"mode {mode:o}",
             next_step=f"chmod 600 {path}",
         )
     if not value_bytes:

@@ -30,9 +30,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.", s
 HERE = Path()
 
 
-def command(
-    app: typer.Typer, name: str, *, examples: tuple[str, ...], after: str, **options: Any
-) -> Callable[[F], F]:
+def command(app: typer.Typer, name: str, *, examples: tuple[str, ...], after: str, **options: Any) -> Callable[[F], F]:
     """Register a command whose help says what it does (the docstring), gives examples, and names what comes next."""
 
     def register(function: F) -> F:

@@ -58,7 +58,8 @@ def register(app: typer.Typer) -> None:
     )
     def init(
         directory: Annotated[
-            Path | None, typer.Argument(metavar="[DIR]", help="The new project's folder; here if left out.", show_default=False)
+            Path | None,
+            typer.Argument(metavar="[DIR]", help="The new project's folder; here if left out.", show_default=False),
         ] = None,
         project: Project = HERE,
         json: Json = False,

@@ -75,7 +75,9 @@ def waiting(project: Path) -> list[Waiting]:
 def _subjects(record: Path, run: Run, result: Result) -> list[Waiting]:
     """A stage waits for its gates that say wait or, these approved, for the approval of one of its inputs."""
     try:
-        paths = [record / "request.json"] if (record / "request.json").exists() else sorted(record.glob("*/request.json"))
+        paths = (
+            [record / "request.json"] if (record / "request.json").exists() else sorted(record.glob("*/request.json"))
+        )
         request = msgspec.json.decode(paths[-1].read_bytes(), type=Request)
         subjects = [(path, CLINICAL) for path in request.gates if _says_wait(Path(path))]
         if request.approval is not None:

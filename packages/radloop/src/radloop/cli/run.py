@@ -80,9 +80,7 @@ def decision(result: RunResult) -> dict[str, Any]:
     return told
 
 
-def run_one(
-    project: Path, settings: Settings, name: str, watcher: Callable[[Event], None] | None = None
-) -> RunResult:
+def run_one(project: Path, settings: Settings, name: str, watcher: Callable[[Event], None] | None = None) -> RunResult:
     """Run one pipeline with bars on the terminal, its inputs taken from the latest runs before it."""
     from radloop.cli.stage import approvals
     from radloop.engines import local
@@ -128,7 +126,9 @@ def inputs_of(project: Path, name: str) -> dict[str, Path | None]:
         done = latest(project, "develop", "register.registered")
         return {"package": Path(done["package.package"]), "registered": Path(done["register.registered"])}
     if not champion:
-        raise DataError("there is nothing to watch", expected="a champion in production", next_step="radloop run release")
+        raise DataError(
+            "there is nothing to watch", expected="a champion in production", next_step="radloop run release"
+        )
     return {part: champion[part] for part in ("dataset", "evaluation", "package")}
 
 
@@ -196,7 +196,9 @@ def bars(pipeline: str, stages: list[str]) -> Iterator[Callable[[Event], None]]:
             else:
                 total = progress.tasks[task].total or 1
                 done = event.status == "succeeded"
-                progress.update(task, total=total, completed=total if done else 0, said=event.message.split("\n")[0][:80])
+                progress.update(
+                    task, total=total, completed=total if done else 0, said=event.message.split("\n")[0][:80]
+                )
                 progress.stop_task(task)
 
         yield show

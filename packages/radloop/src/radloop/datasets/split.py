@@ -135,9 +135,7 @@ def leakage(table: pa.Table, *, models: Mapping[str, Collection[str]] | None = N
     """
     patient_parts = _parts_of(table, "patient")
     in_part: Counter[str] = Counter(p for found in patient_parts.values() for p in found)
-    pairs = {
-        f"{a}+{b}": sum({a, b} <= found for found in patient_parts.values()) for a, b in combinations(PARTS, 2)
-    }
+    pairs = {f"{a}+{b}": sum({a, b} <= found for found in patient_parts.values()) for a, b in combinations(PARTS, 2)}
     pixels = _parts_of(table, "pixel_sha256") if "pixel_sha256" in table.column_names else {}
     test = {patient for patient, found in patient_parts.items() if "test" in found}
     return Leakage(

@@ -21,7 +21,8 @@ from typing import Any, NoReturn
 import msgspec
 import pydicom
 from pydicom import config
-from pydicom.datadict import DicomDictionary, keyword_for_tag
+from pydicom._dicom_dict import DicomDictionary
+from pydicom.datadict import keyword_for_tag
 from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.errors import InvalidDicomError
@@ -177,8 +178,7 @@ class Deidentifier:
 
     def _gate(self, original: Dataset, data: bytes, name: str) -> None:
         reread = read(data)
-        before, after = original.get_item("PixelData"), reread.get_item("PixelData")
-        if (before is None) != (after is None) or (before is not None and before.value != after.value):
+        if not _same_pixels(original, reread):
             _refuse(Reason.UNSUPPORTED_OBJECT, "pixel data did not survive being written", "the same bytes")
         leaks = phi.find_leaks(original, reread, file_name=name, kept_keywords=self.kept_keywords)
         if leaks:
@@ -219,8 +219,17 @@ def read(data: bytes) -> Dataset:
         _refuse(Reason.NOT_DICOM, "the file is no DICOM file", "a preamble and DICM (PS3.10 section 7.1)")
     except EOFError:
         _refuse(Reason.TRUNCATED, "the file ends inside an element", "a whole file")
-    except Exception as error:  # pydicom raises many kinds on garbage; their texts may quote it
+    except Exception as error:  # noqa: BLE001 - pydicom raises many kinds on garbage; their texts may quote it
         _refuse(Reason.NOT_DICOM, f"the file cannot be parsed ({type(error).__name__})", "DICOM elements")
+
+
+def _same_pixels(original: Dataset, reread: Dataset) -> bool:
+    """Whether the pixel data element has the same bytes; one that was of odd length may have got its padding byte."""
+    before, after = original.get_item("PixelData"), reread.get_item("PixelData")
+    if before is None or after is None:
+        return before is after
+    padding = b"\0" if len(before.value) % 2 else b""
+    return bool(after.value in (before.value, before.value + padding))
 
 
 class _Items:
@@ -271,13 +280,13 @@ class _Items:
                 if element.VR == "UN":
                     return None
             if action is Action.KEEP:
-                return element if element.is_raw else copy.copy(element)
+                return element if isinstance(element, RawDataElement) else copy.copy(element)
             if action is Action.KEEP_STRING:
                 return _kept_string(element)
             return self.handlers[action](source[tag], source[tag].VR)
         except (DicomError, RecursionError):
             raise
-        except Exception:  # bytes that are not what the VR says: they cannot be read, so they cannot be kept
+        except Exception:  # noqa: BLE001 - bytes that are not what the VR says: unreadable, so not kept
             return None
 
     def _recurse(self, element: DataElement, vr: str) -> DataElement:
@@ -321,7 +330,7 @@ def _check(ds: Dataset, key_id: str) -> tuple[str, str]:
         _refuse(Reason.BURNED_IN_DECLARED, "ImageType says LABEL: a photographed label", "an image without a label")
     if f"key {key_id}" in _text(ds, "DeidentificationMethod").split("\\"):
         _refuse(Reason.UNSUPPORTED_OBJECT, "already de-identified by radloop under this key", "an original instance")
-    for group in {tag.group for tag in ds.keys() if tag.group & 0xFF00 == 0x6000 and tag.element == 0x0102}:
+    for group in {tag.group for tag in list(ds.keys()) if tag.group & 0xFF00 == 0x6000 and tag.element == 0x0102}:
         if (group, 0x3000) not in ds and _number(ds, group, 0x0102) != 0:
             _refuse(Reason.UNSUPPORTED_OBJECT, "an overlay hides in unused bits of the pixels", "no such overlay")
     return syntax, iod
@@ -351,14 +360,14 @@ def _text(ds: Dataset, keyword: str) -> str:
     """An attribute as text, values joined by backslashes; empty if absent or unreadable."""
     try:
         return "\\".join(_values(ds[keyword])) if keyword in ds else ""
-    except Exception:
+    except Exception:  # noqa: BLE001 - unreadable is as good as absent here
         return ""
 
 
 def _number(ds: Dataset, group: int, element: int) -> int | None:
     try:
         return int(ds[group, element].value)
-    except Exception:
+    except Exception:  # noqa: BLE001 - unreadable is as good as absent here
         return None
 
 
@@ -375,7 +384,7 @@ def _kept_string(element: DataElement | RawDataElement) -> DataElement | RawData
     """The element if each value is what its VR allows: a name in a code string or a number goes."""
     pattern = _STRINGS[_vr(element)]
     if isinstance(element, RawDataElement):
-        values = element.value.decode("ascii", "replace").rstrip(" \0").split("\\")
+        values = (element.value or b"").decode("ascii", "replace").rstrip(" \0").split("\\")
     else:
         values = _values(element)
     if not all(pattern.fullmatch(value.strip(" \0")) for value in values):
@@ -424,7 +433,7 @@ def _code(value: str, meaning: str) -> Dataset:
 def _texts(ds: Dataset) -> list[str]:
     """Every text of a cleaned data set. Cleaning decoded them all, so raw elements are none of them."""
     found: list[str] = []
-    for tag in ds.keys():
+    for tag in list(ds.keys()):
         element = ds.get_item(tag, keep_deferred=True)
         if element.is_raw:
             continue
@@ -450,7 +459,7 @@ def _written(out: Dataset) -> bytes:
     buffer = io.BytesIO()
     try:
         dcmwrite(buffer, out, enforce_file_format=True)
-    except Exception as error:  # pydicom's message may quote a value
+    except Exception as error:  # noqa: BLE001 - whatever it is, its message may quote a value
         kind = type(error).__name__
         _refuse(Reason.UNSUPPORTED_OBJECT, f"the cleaned instance cannot be written ({kind})", "a conformant data set")
     return buffer.getvalue()

@@ -6,11 +6,14 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from radloop.dicom.landing import Arrival, Landing, Outcome
 from radloop.errors import DataError
+
+if TYPE_CHECKING:
+    from radloop.dicom.landing import Arrival, Landing, Outcome
 
 BATCH_FILES = 256
 BATCH_BYTES = 64 << 20
@@ -31,7 +34,7 @@ def receive_folder(
     landing: Landing,
     folder: Path,
     *,
-    site_of: SiteOf,
+    site: SiteOf,
     sender: str = "folder",
     progress: Callable[[int, int], None] | None = None,
 ) -> FolderReport:
@@ -55,7 +58,7 @@ def receive_folder(
     outcomes: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     done = 0
-    for batch in _batches(folder, paths, site_of, sender):
+    for batch in _batches(folder, paths, site, sender):
         for outcome in landing.receive_many(batch):
             _count(outcome, outcomes, reasons)
         done += len(batch)
@@ -81,6 +84,8 @@ def list_files(folder: Path) -> Iterator[str]:
 
 
 def _batches(folder: Path, paths: list[str], site_of: SiteOf, sender: str) -> Iterator[list[Arrival]]:
+    from radloop.dicom.landing import Arrival
+
     batch: list[Arrival] = []
     size = 0
     for number, path in enumerate(paths, 1):

@@ -210,7 +210,7 @@ class Crosswalk:
                 "the crosswalk key does not open this crosswalk",
                 expected="the key it was last encrypted with",
                 got="another key",
-                next_step="put the right crosswalk.key beside radloop.toml; after a rotation, start again what still runs",
+                next_step="put the right crosswalk.key beside radloop.toml; after a rotation, restart what still runs",
             ) from None
 
 

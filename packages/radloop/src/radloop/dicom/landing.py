@@ -16,7 +16,7 @@ import fcntl
 import hashlib
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -35,6 +35,7 @@ from radloop.catalog.schema import (
     Status,
 )
 from radloop.catalog.store import Catalog
+from radloop.dicom.folder import FolderReport, SiteOf, receive_folder
 from radloop.dicom.header import Header, read_header
 from radloop.dicom.identity import Crosswalk, Entry, Identity
 from radloop.dicom.same_pixels import same_pixels
@@ -263,6 +264,17 @@ class Landing:
             yield
         finally:
             os.close(handle)
+
+    def receive_folder(
+        self,
+        folder: Path,
+        *,
+        site: SiteOf,
+        sender: str = "folder",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> FolderReport:
+        """Receive every file below a folder: see `radloop.dicom.folder.receive_folder`."""
+        return receive_folder(self, Path(folder), site=site, sender=sender, progress=progress)
 
     def seal(self, *, actor: str) -> bool:
         """Close the ingest batch with one ledger row; False when nothing arrived since the last."""

@@ -24,7 +24,8 @@ from datetime import date, timedelta
 from functools import lru_cache
 from typing import Any
 
-from pydicom.datadict import DicomDictionary, keyword_for_tag
+from pydicom._dicom_dict import DicomDictionary
+from pydicom.datadict import keyword_for_tag
 from pydicom.dataset import Dataset
 from pydicom.encaps import generate_fragments
 from pydicom.tag import BaseTag
@@ -41,10 +42,10 @@ _TRANSLITERATED = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue", "ø": "oe",
 
 # A patient called Philips, scanned on a Philips: within a device's maker and model these words say nothing.
 _MAKERS = frozenset(
-    """
+    str.split("""
     agfa bruker canon carestream fuji fujifilm ge healthcare hitachi hologic hyperfine imaging kodak konica medical
     minolta mindray neusoft philips samsung shimadzu siemens systems toshiba united varian healthineers elekta
-    """.split()
+    """)
 )
 _MAKER_ATTRIBUTES = frozenset(
     {"Manufacturer", "ManufacturerModelName", "DetectorManufacturerName", "SecondaryCaptureDeviceManufacturer"}
@@ -92,10 +93,10 @@ def find_leaks(original: Dataset, output: Dataset, *, file_name: str, kept_keywo
 
 
 def _needles(original: Dataset, kept: Set[str]) -> _Needles:
-    needles = _Needles()
+    needles, rows = _Needles(), table()
     for _, tag, vr, ds in _walk(original):
         keyword = keyword_for_tag(tag)
-        row = table().get(int(tag))
+        row = rows.get(int(tag))
         if vr in ("DA", "DT"):
             _add_dates(needles, keyword, _strings(ds, tag))
         elif vr == "PN":
@@ -112,7 +113,7 @@ def _needles(original: Dataset, kept: Set[str]) -> _Needles:
                 if not described or vr in ("LT", "ST", "UT"):
                     _add_phrase(needles, value)
         if row is not None and keyword not in kept and vr != "SQ":
-            folded = {fold(v) for v in _strings(ds, tag)} - _BLANKS - {""}
+            folded = {f for v in _strings(ds, tag) if (f := fold(v)) not in _BLANKS and not is_placeholder(f)}
             needles.whole.setdefault(keyword, set()).update(folded)
     for uid in needles.uids:
         needles.runs.update({"".join(_WORD.findall(uid))} if len(uid) > 16 else ())
@@ -124,11 +125,13 @@ def _needles(original: Dataset, kept: Set[str]) -> _Needles:
 def _add_names(needles: _Needles, values: list[str]) -> None:
     for value in values:
         for group in value.split("="):
-            for spelling in {fold(group), fold(group.casefold().translate(_TRANSLITERATED))}:
+            spellings = {fold(group)}
+            if not group.isascii():
+                spellings.add(fold(group.casefold().translate(_TRANSLITERATED)))
+            for spelling in spellings:
                 words = tuple(w for w in _WORD.findall(spelling) if not is_placeholder(w))
                 needles.words.update(w for w in words if _weight(w) >= _MIN_WORD)
-                first_two = words[:2]
-                for phrase in (words, first_two, first_two[::-1]):
+                for phrase in {words, words[:2], words[1::-1]}:
                     _add_words(needles, phrase)
 
 
@@ -182,9 +185,7 @@ def _date_phrases(digits: str) -> frozenset[tuple[str, ...]]:
     return frozenset(p for y, m, d in orders for p in ((y, m, d), (d, m, y), (m, d, y)))
 
 
-_MONTHS = (
-    "january february march april may june july august september october november december".split()
-)
+_MONTHS = str.split("january february march april may june july august september october november december")
 
 
 # ---- where to look in the output
@@ -224,7 +225,7 @@ def _in_text(text: str, needles: _Needles, ignored: Set[str] = frozenset()) -> b
         return False
     if not needles.words.isdisjoint(words):
         return True
-    if _PSEUDONYM.fullmatch(text) or all(w.isdigit() for w in words) and len("".join(words)) > 24:
+    if _PSEUDONYM.fullmatch(text) or (all(w.isdigit() for w in words) and len("".join(words)) > 24):
         return False  # a keyed hash: its digits are random, only the whole of it could be somebody
     parts = {r for w in words for r in _RUNS.findall(w) if len(r) >= _MIN_RUN or not r.isdigit()}
     if not needles.words.isdisjoint(parts):
@@ -286,8 +287,8 @@ def _is_standard_meaning(item: Dataset) -> bool:
 
     scheme, value = str(item.get("CodingSchemeDesignator", "")), str(item.get("CodeValue", ""))
     meaning = fold(str(item.get("CodeMeaning", "")))
-    known = concepts.get(scheme, {}).values()
-    return any(fold(entry[value][0]) == meaning for entry in known if value in entry)
+    known: Any = concepts.get(scheme, {})
+    return any(fold(entry[value][0]) == meaning for entry in known.values() if value in entry)
 
 
 # ---- texts in the pixel data element
@@ -362,7 +363,8 @@ def fold(text: str) -> str:
 
 def _weight(word: str) -> int:
     """Length in characters; Han and Kana count double, Hangul is two or three jamo after folding."""
-    return len(word) + sum(0x3040 <= ord(c) <= 0x30FF or 0x3400 <= ord(c) <= 0x9FFF for c in word)
+    wide = 0 if word.isascii() else sum(0x3040 <= ord(c) <= 0x30FF or 0x3400 <= ord(c) <= 0x9FFF for c in word)
+    return len(word) + wide
 
 
 def _decodings(value: bytes) -> Iterator[str]:
@@ -383,7 +385,7 @@ def _walk(ds: Dataset, path: str = "") -> Iterator[tuple[str, BaseTag, str, Data
             continue
         try:
             items: Any = ds[tag].value or []
-        except Exception:  # not the sequence it says it is
+        except Exception:  # noqa: BLE001 - not the sequence it says it is
             items = []
         if tag.is_private:
             yield here, tag, vr, ds
@@ -403,7 +405,7 @@ def _strings(ds: Dataset, tag: BaseTag) -> list[str]:
     """An element's values as text, PersonName with all its component groups; empty if the bytes are unreadable."""
     try:
         value = ds[tag].value
-    except Exception:
+    except Exception:  # noqa: BLE001 - pydicom raises many kinds on bytes that are not what the VR says
         return []
     if value is None or isinstance(value, bytes):
         return []

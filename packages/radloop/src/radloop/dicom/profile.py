@@ -24,7 +24,7 @@ from functools import lru_cache
 from importlib import resources
 from types import MappingProxyType
 
-from pydicom.datadict import DicomDictionary
+from pydicom._dicom_dict import DicomDictionary
 
 from radloop.errors import SettingsError
 
@@ -36,44 +36,44 @@ NUMBER_VRS = frozenset({"US", "SS", "UL", "SL", "UV", "SV", "FL", "FD", "AT"})
 
 # Needed to interpret the image or to see a scanner change; vendors fill them, and the PHI gate reads them.
 KEPT_TEXT = frozenset(
-    """
+    str.split("""
     Manufacturer ManufacturerModelName SoftwareVersions DetectorManufacturerName DetectorManufacturerModelName
     SecondaryCaptureDeviceManufacturer SecondaryCaptureDeviceManufacturerModelName
     SecondaryCaptureDeviceSoftwareVersions ConvolutionKernel FilterType SequenceName PulseSequenceName
     ReceiveCoilName TransmitCoilName ImagedNucleus RescaleType ModalityLUTType
-    """.split()
+    """)
 )
-CODE_TEXT = frozenset("CodeValue CodingSchemeDesignator CodingSchemeVersion CodeMeaning LongCodeValue".split())
+CODE_TEXT = frozenset(str.split("CodeValue CodingSchemeDesignator CodingSchemeVersion CodeMeaning LongCodeValue"))
 KEPT_BULK = frozenset(
-    """
+    str.split("""
     PixelData FloatPixelData DoubleFloatPixelData ExtendedOffsetTable ExtendedOffsetTableLengths LUTData ICCProfile
     RedPaletteColorLookupTableData GreenPaletteColorLookupTableData BluePaletteColorLookupTableData
     AlphaPaletteColorLookupTableData SegmentedRedPaletteColorLookupTableData
     SegmentedGreenPaletteColorLookupTableData SegmentedBluePaletteColorLookupTableData
     SegmentedAlphaPaletteColorLookupTableData RecommendedDisplayCIELabValueList
-    """.split()
+    """)
 )
 CLASS_UIDS = frozenset(
-    """
+    str.split("""
     SOPClassUID RelatedGeneralSOPClassUID OriginalSpecializedSOPClassUID SOPClassesInStudy ReferencedSOPClassUID
     SOPClassesSupported CodingSchemeUID ContextGroupExtensionCreatorUID ContextUID MappingResourceUID
     StoredInstanceTransferSyntaxUID AvailableTransferSyntaxUID ReferencedSOPClassUIDInFile
     ReferencedRelatedGeneralSOPClassUIDInFile PertinentSOPClassesInStudy PertinentSOPClassesInSeries
-    """.split()
+    """)
 )
 # Pictures, drawings, text and sounds inside an image object, and what signs the original bytes.
 REMOVED_SEQUENCES = frozenset(
-    """
+    str.split("""
     IconImageSequence GraphicAnnotationSequence ContentSequence WaveformSequence EncryptedAttributesSequence
     MACParametersSequence DirectoryRecordSequence TextObjectSequence GraphicObjectSequence CompoundGraphicSequence
-    """.split()
+    """)
 )
 # PS3.16 section 8 and HL7's external schemes: public vocabularies, whose codes name no person or place of a hospital.
 PUBLIC_SCHEMES = frozenset(
-    """
+    str.split("""
     DCM SCT SRT SNM3 99SDM UCUM LN FMA RADLEX NEU UMLS MSH NCIt NDC RXNORM I9 I10 I11 I9C I10P ICDO3 BI BARI IBSI MDC
     ITIS_TSN PUBCHEM_CID RADELEMENT MA UBERON C4 CD2 CPT HPC ISO639_1 ISO639_2 ISO3166_1 ISO3166_2
-    """.split()
+    """)
 )
 
 
@@ -176,10 +176,12 @@ class Profile:
 
     @property
     def shifts_dates(self) -> bool:
+        """Whether dates stay, moved by whole days."""
         return "modified_dates" in self.options
 
     @property
     def keeps_patient(self) -> bool:
+        """Whether sex, age and other coded characteristics stay."""
         return "patient" in self.options
 
     def action(self, tag: int, vr: str, iod: str, parent: str = "") -> Action:
@@ -315,5 +317,5 @@ def _vr_fits(vr: str, standard: str) -> bool:
 
 
 def _read(name: str) -> list[dict[str, str]]:
-    with resources.files(__package__).joinpath(name).open(encoding="utf-8", newline="") as lines:
-        return list(csv.DictReader(lines))
+    text = resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return list(csv.DictReader(text.splitlines()))

@@ -59,7 +59,7 @@ def age_years(age: str | None) -> float | None:
 def _first(ds: Dataset, keyword: str) -> Any:
     try:
         value = ds.get(keyword)
-    except Exception:  # pydicom raises many kinds on bytes that are not what the VR says
+    except Exception:  # noqa: BLE001 - pydicom raises many kinds on bytes that are not what the VR says
         return None
     if value is not None and not isinstance(value, str) and hasattr(value, "__getitem__"):
         return value[0] if len(value) else None

@@ -26,12 +26,12 @@ _PADDING = " \t\r\n\0"
 # What modalities, gateways and de-identifiers write where nobody typed an id. Compared after normalisation and
 # without punctuation. Mapping them to a pseudonym would make one "patient" of many.
 _PLACEHOLDERS = frozenset(
-    """
+    str.split("""
     anon anonym anonymous anonymised anonymized anonymouspatient blank deid deidentified default dummy empty id
     missing na nan nil no noid nomrn none noname nopatientid notavailable notgiven notknown null patient patientid
     phantom pid qa qc redacted removed tbd temp test testpatient tester testing undefined unidentified unk unknown
     unspecified void
-    """.split()
+    """)
 )
 _FILLER = re.compile(r"0+|x+|9{5,}")
 
@@ -61,7 +61,7 @@ class Pseudonymiser:
         return f"Pseudonymiser(key_id={self.key_id!r})"
 
     def uid(self, original: str) -> str:
-        """The pseudonym of an instance-identifying UID: `2.25.` and a UUIDv8 as a decimal number, at most 44 characters.
+        """The pseudonym of an instance-identifying UID: `2.25.` and a UUIDv8 as a decimal number, up to 44 characters.
 
         UIDs under DICOM's own root are returned unchanged.
 

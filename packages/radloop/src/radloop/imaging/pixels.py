@@ -18,8 +18,8 @@ from radloop.errors import DicomError
 
 Pixels = NDArray[np.integer[Any]]
 
-#: Longest side in pixels that is taken for an image. A forged header cannot make a decoder allocate more than this squared.
 MAX_SIDE = 16384
+"""Longest side in pixels that is taken for an image: bounds what a forged header can make a decoder allocate."""
 
 FEATURES = (
     "mean",
@@ -103,21 +103,19 @@ def _check_decodable(ds: Dataset) -> None:
 
 def _integer(ds: Dataset, keyword: str, default: int) -> int:
     """The attribute as an integer; `default` if absent or empty, -1 if it is no number."""
-    value = ds.get(keyword)
-    if value is None or value == "":
-        return default
     try:
-        return int(value)
-    except (TypeError, ValueError):
+        value = ds.get(keyword)
+        return default if value is None or value == "" else int(value)
+    except (TypeError, ValueError, OverflowError):  # from pydicom too, when the bytes are not what the VR says
         return -1
 
 
 def digest(array: Pixels) -> str:
-    """SHA-256 (hex) over shape, type and bytes: equal for equal pixels, whatever header or transfer syntax carried them."""
+    """SHA-256 (hex) over shape, type and bytes: equal for equal pixels, whatever header or transfer syntax they had."""
     little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-    seen = hashlib.sha256(f"{little.shape}{little.dtype.str}".encode())
-    seen.update(little.data)
-    return seen.hexdigest()
+    state = hashlib.sha256(f"{little.shape}{little.dtype.str}".encode())
+    state.update(little.data)
+    return state.hexdigest()
 
 
 def features(array: Pixels, photometric: str = "MONOCHROME2", bits_stored: int | None = None) -> dict[str, float]:

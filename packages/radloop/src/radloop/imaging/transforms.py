@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -129,8 +130,8 @@ class Preprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def _resized(self, array: Pixels, outside: NDArray[np.bool_] | None, *, mirror: bool) -> Pixels:
         """Area averaging in exact integers.
 
-        With side S the weights are whole numbers that sum to S * S, so each output is a quotient of two integers, rounded
-        half up. In float64 every partial sum stays below 2**53 and is exact in whatever order BLAS takes it.
+        With side S the weights are whole numbers that sum to S * S, so each output is a quotient of two integers,
+        rounded half up. In float64 every partial sum stays below 2**53 and is exact in whatever order BLAS takes it.
         """
         valid = array if outside is None or outside.all() else array[~outside]
         low, high = int(valid.min()), int(valid.max())
@@ -153,8 +154,10 @@ class Preprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @functools.lru_cache(maxsize=32)
 def _weights(length: int, side: int, size: int) -> NDArray[np.float64]:
-    """`(size, length)`: how much of output pixel i, in units of 1 / size input pixel, input pixel j covers, when `length`
-    pixels stand centred on a line of `side`, which is cut into `size` equal parts. Whole numbers."""
+    """How much of each output pixel each input pixel covers: `(size, length)`, in units of 1 / size input pixel.
+
+    `length` pixels stand centred on a line of `side`, which is cut into `size` equal parts: whole numbers, all of them.
+    """
     start = (np.arange(length) + (side - length) // 2) * size
     cut = np.arange(size)[:, np.newaxis] * side
     overlap = np.minimum(start + size, cut + side) - np.maximum(start, cut)
@@ -182,14 +185,17 @@ def _grey_scale(ds: Dataset) -> tuple[str, float | None, float | None, tuple[int
 
 
 def _number(ds: Dataset, keyword: str) -> float | None:
-    value: Any = ds.get(keyword)
-    if value is None or value == "":
-        return None
-    if isinstance(value, bytes):  # PixelPaddingValue read without a PixelRepresentation to tell US from SS
-        return float(int.from_bytes(value[:2], "little"))
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        value: Any = ds.get(keyword)
+        if value is None or value == "":
+            return None
+        if isinstance(value, bytes):  # PixelPaddingValue read without a PixelRepresentation to tell US from SS
+            return float(int.from_bytes(value[:2], "little"))
+        number = float(value)
+        if math.isfinite(number):
+            return number
+        raise ValueError
+    except (TypeError, ValueError, OverflowError):
         raise DicomError(f"{keyword} is no number", reason="BAD_WINDOW", expected="one number") from None
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from radloop.datasets import split
@@ -88,7 +89,7 @@ class Compared(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """The champion beside the challenger, on test patients that neither learnt from. `reason` says why there is none."""
+    """Champion and challenger on test patients that neither learnt from. `reason` says why there is none."""
 
     champion: str
     overall: Compared | None
@@ -158,8 +159,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a model folder on the test part of a manifest.
 
-    Writes `evaluation.json`, `decision.json`, `predictions.parquet` (validation and test: sop_uid, patient, part, label,
-    logit, probability) and `examples/*.png` under `out`.
+    Writes under `out`: `evaluation.json`, `decision.json`, `predictions.parquet` (validation and test: sop_uid,
+    patient, part, label, logit, probability) and `examples/*.png`.
 
     Raises:
         DataError: validation or test holds one class only.
@@ -171,9 +172,12 @@ def evaluate(
     with network.deterministic(config.seed):
         learnt = network.logits(net, tensors, preprocessing, validation.sop_uids)
         rule = decision.fit(
-            learnt, validation.labels,
-            prevalence=config.prevalence, rule=config.threshold, target_sensitivity=config.target_sensitivity,
-        )  # fmt: skip
+            learnt,
+            validation.labels,
+            prevalence=config.prevalence,
+            rule=config.threshold,
+            target_sensitivity=config.target_sensitivity,
+        )
         steps.done()
         logits = network.logits(net, tensors, preprocessing, test.sop_uids)
     steps.done()
@@ -228,11 +232,11 @@ class _Steps:
 
 
 def _part_counts(table: pa.Table, name: str) -> dict[str, int]:
-    rows = table.filter((pa.compute.field("part") == name) & pa.compute.field("label").is_valid())
+    rows = table.filter((pc.field("part") == name) & pc.field("label").is_valid())
     return {
         "images": len(rows),
         "patients": len(set(rows["patient"].to_pylist())),
-        "positive": sum(rows["label"].to_pylist()),
+        "positive": sum(label == 1 for label in rows["label"].to_pylist()),
     }
 
 
@@ -258,20 +262,22 @@ def _metrics(rule: Decision, logits: Floats, test: Part, config: EvaluateConfig)
     def figures(weights: Floats) -> Floats:
         sensitivity = statistics.rate(called, positive, weights)
         specificity = statistics.rate(~called, ~positive, weights)
-        return np.column_stack([
-            statistics.auc(logits, labels, weights),
-            sensitivity,
-            specificity,
-            weights @ squares / weights.sum(1),
-            statistics.calibration_error(probabilities, labels, bins, weights),
-            ppv(sensitivity, specificity, rule.prevalence),
-            npv(sensitivity, specificity, rule.prevalence),
-        ])  # fmt: skip
+        return np.column_stack(
+            [
+                statistics.auc(logits, labels, weights),
+                sensitivity,
+                specificity,
+                weights @ squares / weights.sum(1),
+                statistics.calibration_error(probabilities, labels, bins, weights),
+                ppv(sensitivity, specificity, rule.prevalence),
+                npv(sensitivity, specificity, rule.prevalence),
+            ]
+        )
 
     names = ("auc", "sensitivity", "specificity", "brier", "ece", "ppv", "npv")
     values = figures(np.ones((1, len(labels))))[0]
     draws = Resamples(test.patients, config.resamples, config.seed).apply(figures)
-    found = {n: statistics.percentiles(float(v), draws[:, i]) for i, (n, v) in enumerate(zip(names, values, strict=True))}
+    found = {name: statistics.percentiles(float(values[i]), draws[:, i]) for i, name in enumerate(names)}
     negatives, positives = statistics.class_patients(labels, test.patients)
     found["auc"] = statistics.area(found["auc"], positives, negatives)
     found["sensitivity"] = statistics.proportion(found["sensitivity"], positives)
@@ -313,7 +319,7 @@ def _predictive(
 
 def age_band(years: float | None) -> str:
     """The age band of a subgroup table: 0-17, 18-39, 40-59, 60-79, 80+ years, or unknown."""
-    if years is None or years != years or years < 0:  # noqa: PLR0124 - not a number
+    if years is None or not years >= 0:
         return "unknown"
     return next((name for limit, name in _AGES if years < limit), "80+")
 
@@ -346,9 +352,14 @@ def _subgroups(table: pa.Table, test: Part, logits: Floats, config: EvaluateConf
                 )
             groups.append(
                 Subgroup(
-                    factor=factor, value=value, patients=len(set(names)), positive=positive, negative=negative,
-                    auc=auc, note="" if enough else "insufficient evidence",
-                )  # fmt: skip
+                    factor=factor,
+                    value=value,
+                    patients=len(set(names)),
+                    positive=positive,
+                    negative=negative,
+                    auc=auc,
+                    note="" if enough else "insufficient evidence",
+                )
             )
     return groups
 
@@ -416,9 +427,14 @@ def _compared(
     negative, positive = statistics.class_patients(labels, patients)
     if min(negative, positive) < max(config.minimum_patients, 1):
         return Compared(
-            site=site, new=new, patients=len(set(patients)), champion=None, challenger=None, difference=None,
+            site=site,
+            new=new,
+            patients=len(set(patients)),
+            champion=None,
+            challenger=None,
+            difference=None,
             note="insufficient evidence",
-        )  # fmt: skip
+        )
     a, b = ours[chosen], theirs[chosen]
 
     def both(weights: Floats) -> Floats:
@@ -427,25 +443,31 @@ def _compared(
     draws = Resamples(patients, config.resamples, config.seed).apply(both)
     mine, his = (_auc(labels, scores) for scores in (a, b))
     return Compared(
-        site=site, new=new, patients=len(set(patients)),
+        site=site,
+        new=new,
+        patients=len(set(patients)),
         challenger=statistics.area(statistics.percentiles(mine, draws[:, 0]), positive, negative),
         champion=statistics.area(statistics.percentiles(his, draws[:, 1]), positive, negative),
         difference=statistics.percentiles(mine - his, draws[:, 0] - draws[:, 1]),
-    )  # fmt: skip
+    )
 
 
 def _write_predictions(out: Path, rule: Decision, parts: list[tuple[str, Part, Floats]]) -> None:
-    table = pa.concat_tables([
-        pa.table({
-            "sop_uid": pa.array(part.sop_uids, pa.string()),
-            "patient": pa.array(part.patients, pa.string()),
-            "part": pa.array([name] * len(part.sop_uids), pa.string()),
-            "label": pa.array(part.labels.tolist(), pa.int8()),
-            "logit": pa.array(logits.tolist(), pa.float64()),
-            "probability": pa.array(rule.probability(logits).tolist(), pa.float64()),
-        })
-        for name, part, logits in parts
-    ])  # fmt: skip
+    table = pa.concat_tables(
+        [
+            pa.table(
+                {
+                    "sop_uid": pa.array(part.sop_uids, pa.string()),
+                    "patient": pa.array(part.patients, pa.string()),
+                    "part": pa.array([name] * len(part.sop_uids), pa.string()),
+                    "label": pa.array(part.labels.tolist(), pa.int8()),
+                    "logit": pa.array(logits.tolist(), pa.float64()),
+                    "probability": pa.array(rule.probability(logits).tolist(), pa.float64()),
+                }
+            )
+            for name, part, logits in parts
+        ]
+    )
     pq.write_table(table.sort_by("sop_uid"), out / "predictions.parquet")
 
 
@@ -480,8 +502,11 @@ def _examples(
     files = saliency.write(net, images, [f"{n:02d}-{outcome[i]}.png" for n, i in enumerate(chosen)], folder)
     return [
         Example(
-            file=f"examples/{file}", outcome=outcome[i],  # type: ignore[arg-type]
-            sop_uid=test.sop_uids[i], label=int(test.labels[i]), probability=float(probabilities[i]),
-        )  # fmt: skip
+            file=f"examples/{file}",
+            outcome=outcome[i],  # type: ignore[arg-type]
+            sop_uid=test.sop_uids[i],
+            label=int(test.labels[i]),
+            probability=float(probabilities[i]),
+        )
         for file, i in zip(files, chosen, strict=True)
     ]

@@ -58,7 +58,7 @@ def judge(evaluation: Evaluation, config: GateConfig) -> list[Gate]:
 
 
 def overall(gates: Sequence[Gate]) -> Literal["pass", "stop", "wait"]:
-    """ "stop" if any gate failed, else "wait" (a person must approve) if any is undetermined, else "pass"."""
+    """Stop if any gate failed, else wait (a person must approve) if any is undetermined, else pass."""
     verdicts = {gate.verdict for gate in gates}
     return "stop" if "fail" in verdicts else "wait" if "undetermined" in verdicts else "pass"
 
@@ -86,9 +86,7 @@ def refuse(gates: Sequence[Gate]) -> None:
 def _leakage(evaluation: Evaluation) -> Gate:
     leak = evaluation.leakage
     figure = float(leak.crossing_patients + leak.crossing_pixels + sum(leak.trained_on_test.values()))
-    return Gate(
-        gate="leakage", verdict="pass" if leak.clean else "fail", figure=figure, bound=0.0, detail=leak.message
-    )
+    return Gate(gate="leakage", verdict="pass" if leak.clean else "fail", figure=figure, bound=0.0, detail=leak.message)
 
 
 def _auc(evaluation: Evaluation, config: GateConfig) -> Gate:
@@ -119,13 +117,20 @@ def _subgroups(evaluation: Evaluation, config: GateConfig) -> Gate:
     values: dict[str, int] = {}
     for group in evaluation.subgroups:
         values[group.factor] = values.get(group.factor, 0) + 1
-    thin = [f"{g.factor} {g.value} ({g.patients} patients)" for g in evaluation.subgroups
-            if g.auc is None and values[g.factor] > 1]  # fmt: skip
+    thin = [
+        f"{g.factor} {g.value} ({g.patients} patients)"
+        for g in evaluation.subgroups
+        if g.auc is None and values[g.factor] > 1
+    ]
     figure = None if widest is None else widest.difference
-    seen = "no two subgroups could be compared" if widest is None else (
-        f"AUC differs by {widest.difference:.3f} between {widest.factor} {widest.low} and {widest.high}; "
-        f"at most {config.subgroup_gap:g} is allowed"
-    )  # fmt: skip
+    seen = (
+        "no two subgroups could be compared"
+        if widest is None
+        else (
+            f"AUC differs by {widest.difference:.3f} between {widest.factor} {widest.low} and {widest.high}; "
+            f"at most {config.subgroup_gap:g} is allowed"
+        )
+    )
     verdict: Verdict = "pass"
     if figure is not None and figure > config.subgroup_gap:
         verdict = "fail"
@@ -156,7 +161,7 @@ def _shortcut(evaluation: Evaluation, config: GateConfig) -> Gate:
 
 def _non_inferiority(evaluation: Evaluation, config: GateConfig) -> Gate:
     comparison = evaluation.comparison
-    compared: Compared | None = comparison and comparison.overall
+    compared: Compared | None = comparison.overall if comparison is not None else None
     if comparison is None or compared is None or compared.difference is None:
         why = "no champion" if comparison is None else comparison.reason or (compared.note if compared else "")
         return Gate(gate="non_inferiority", verdict="undetermined", figure=None, bound=-config.margin, detail=why)

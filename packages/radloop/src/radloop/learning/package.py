@@ -1,8 +1,8 @@
 """The packaged model: an ONNX network with everything that turns a DICOM instance into a probability and a decision.
 
 A package folder holds `model.onnx`, `preprocessing.json`, `decision.json`, `inputs.json`, `identity.json`,
-`reference.npz`, `MODEL_CARD.md`, `model_card.json` and radloop's wheel. `Packaged` runs it with onnxruntime alone: no torch,
-no MLflow. Nothing in a package comes from a patient: the reference images are drawn.
+`reference.npz`, `MODEL_CARD.md`, `model_card.json` and radloop's wheel. `Packaged` runs it with onnxruntime alone: no
+torch, no MLflow. Nothing in a package comes from a patient: the reference images are drawn.
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ def build(
     out.mkdir(parents=True, exist_ok=True)
     net, preprocessing = network.load(model), network.preprocessing_of(model)
     if inputs.size != preprocessing.size:
-        raise ArtifactError("inputs and preprocessing disagree on the size", expected=preprocessing.size, got=inputs.size)
+        raise ArtifactError(
+            "inputs and preprocessing disagree on the size", expected=preprocessing.size, got=inputs.size
+        )
     decision = _read(evaluation / "decision.json", Decision)
     export(net, preprocessing.size, out / "model.onnx")
     for name, value in (("preprocessing", preprocessing), ("decision", decision), ("inputs", inputs)):
@@ -183,19 +185,23 @@ def _write_reference(packaged: Packaged, path: Path) -> None:
     logits = packaged.logits(packaged.preprocessing.windowed(native))
     probabilities = packaged.decision.probability(logits)
     np.savez(
-        path, allow_pickle=False, native=native, logits=logits,
-        probabilities=probabilities, decisions=packaged.decision.decide(probabilities),
-    )  # fmt: skip
+        path,
+        allow_pickle=False,
+        native=native,
+        logits=logits,
+        probabilities=probabilities,
+        decisions=packaged.decision.decide(probabilities),
+    )
 
 
 def example_dicom(inputs: Inputs) -> bytes:
     """A drawn image as DICOM Part 10 bytes that the model accepts: the example of a signature, a smoke test's input."""
     from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
-    from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
+    from pydicom.uid import UID, ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 
     meta = FileMetaDataset()
     meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, SecondaryCaptureImageStorage
-    meta.MediaStorageSOPInstanceUID = "2.25.1"
+    meta.MediaStorageSOPInstanceUID = UID("2.25.1")
     ds: Dataset = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
     ds.SOPClassUID, ds.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
     ds.StudyInstanceUID, ds.SeriesInstanceUID = "2.25.2", "2.25.3"
@@ -239,7 +245,7 @@ class Packaged:
                 "this radloop preprocesses images differently from the one that made the model",
                 expected=self.identity.preprocessing_digest,
                 got=self.preprocessing.digest,
-                next_step=f"install the wheel in the package ({self.identity.radloop}), or train again with this radloop",
+                next_step=f"install the package's wheel ({self.identity.radloop}), or train again with this radloop",
             )
         self._session = _session(folder / "model.onnx", threads)
 

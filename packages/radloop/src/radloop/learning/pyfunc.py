@@ -22,10 +22,12 @@ class DicomModel:
         import pandas as pd
 
         answers = [self.packaged.predict_dicom(bytes(data)) for data in model_input["dicom"]]
-        return pd.DataFrame({
-            "probability": pd.Series([a.probability for a in answers], dtype="float64"),
-            "decision": pd.Series([a.decision for a in answers], dtype="int64"),
-        })  # fmt: skip
+        return pd.DataFrame(
+            {
+                "probability": pd.Series([a.probability for a in answers], dtype="float64"),
+                "decision": pd.Series([a.decision for a in answers], dtype="int64"),
+            }
+        )
 
 
 def _load_pyfunc(data_path: str) -> DicomModel:

@@ -21,7 +21,7 @@ SCALE = 2
 def grad_cam(network: nn.Module, images: NDArray[np.float32]) -> NDArray[np.float32]:
     """Heat maps `(n, size, size)`, 0 to 1 within each image, for images `(n, 1, size, size)`.
 
-    The size of the logit's gradient is used for either sign, so that a negative answer has a map as well.
+    The gradient is that of the logit's absolute value, so that a negative answer has a map as well.
     """
     import torch
     from torch.nn import functional
@@ -36,13 +36,14 @@ def grad_cam(network: nn.Module, images: NDArray[np.float32]) -> NDArray[np.floa
         (gradient,) = torch.autograd.grad((logit * sign).sum(), maps)
         heat = functional.relu((maps * gradient.mean(dim=(2, 3), keepdim=True)).sum(1, keepdim=True)).detach()
     heat = functional.interpolate(heat, size=images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+    heat = heat - heat.amin(dim=(1, 2), keepdim=True)
     top = heat.amax(dim=(1, 2), keepdim=True)
     scaled: NDArray[np.float32] = (heat / torch.where(top > 0, top, torch.ones_like(top))).numpy()
     return scaled
 
 
 def write(network: nn.Module, images: NDArray[np.float32], names: Sequence[str], folder: Path) -> list[str]:
-    """One PNG for each image `(n, 1, size, size)`: the image, and the image under its heat map in orange. Returns names."""
+    """One PNG for each image `(n, 1, size, size)`: the image, and it under its heat map. Returns names."""
     from PIL import Image
 
     if not names:

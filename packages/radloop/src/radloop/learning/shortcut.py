@@ -21,10 +21,26 @@ if TYPE_CHECKING:
     from sklearn.ensemble import HistGradientBoostingClassifier
 
 FIELDS = (
-    "site", "modality", "view_position", "body_part", "laterality", "manufacturer", "model_name", "conversion_type",
-    "transfer_syntax_uid", "photometric", "lossy", "lossy_ratio", "rows", "columns", "frames", "bits_allocated",
-    "bits_stored", "pixel_spacing_mm", "source_bytes",
-)  # fmt: skip
+    "site",
+    "modality",
+    "view_position",
+    "body_part",
+    "laterality",
+    "manufacturer",
+    "model_name",
+    "conversion_type",
+    "transfer_syntax_uid",
+    "photometric",
+    "lossy",
+    "lossy_ratio",
+    "rows",
+    "columns",
+    "frames",
+    "bits_allocated",
+    "bits_stored",
+    "pixel_spacing_mm",
+    "source_bytes",
+)
 """Manifest columns that say how an image was taken and stored. Age and sex are the patient's, not the scanner's."""
 
 _FOLDS = 5
@@ -64,20 +80,19 @@ def audit(
     labels = np.array(rows["label"].to_pylist(), dtype=np.int8)
     patients = [str(p) for p in rows["patient"].to_pylist()]
     negative, positive = statistics.class_patients(labels, patients)
-    seen = {"patients": len(set(patients)), "positive": positive, "negative": negative}
+    seen = Shortcut(auc=None, patients=len(set(patients)), positive=positive, negative=negative)
     if min(positive, negative) < max(minimum, _FOLDS):
-        return Shortcut(auc=None, reason="insufficient evidence: too few patients of a class", **seen)
+        return msgspec.structs.replace(seen, reason="insufficient evidence: too few patients of a class")
     columns = {name: _column(rows[name].to_pylist()) for name in fields if name in rows.column_names}
-    varying = {name: column for name, column in columns.items() if len(np.unique(column[0][~np.isnan(column[0])])) > 1
-               or 0 < np.isnan(column[0]).sum() < len(labels)}  # fmt: skip
+    varying = {name: column for name, column in columns.items() if len(np.unique(column[0])) > 1}
     if not varying:
-        return Shortcut(auc=Interval(0.5, 0.5, 0.5, "constant"), **seen)
+        return msgspec.structs.replace(seen, auc=Interval(0.5, 0.5, 0.5, "constant"))
     folds = _folds(labels, patients, seed)
     alone = {name: _area(labels, _scores([column], labels, folds)) for name, column in varying.items()}
     together = _scores(list(varying.values()), labels, folds)
     auc = statistics.area_of(together, labels, patients, resamples=resamples, seed=seed)
     ranked = dict(sorted(alone.items(), key=lambda item: (-item[1], item[0])))
-    return Shortcut(auc=auc, fields=ranked, **seen)
+    return msgspec.structs.replace(seen, auc=auc, fields=ranked)
 
 
 def _column(values: list[Any]) -> tuple[NDArray[np.float64], bool]:
@@ -118,9 +133,13 @@ def _classifier(categorical: list[int]) -> HistGradientBoostingClassifier:
     from sklearn.ensemble import HistGradientBoostingClassifier
 
     return HistGradientBoostingClassifier(
-        max_iter=40, max_leaf_nodes=8, min_samples_leaf=10, early_stopping=False,
-        categorical_features=categorical or None, random_state=0,
-    )  # fmt: skip
+        max_iter=40,
+        max_leaf_nodes=8,
+        min_samples_leaf=10,
+        early_stopping=False,
+        categorical_features=categorical or None,
+        random_state=0,
+    )
 
 
 def _area(labels: NDArray[np.int8], scores: NDArray[np.float64]) -> float:

@@ -75,15 +75,16 @@ def auc(scores: Floats, labels: NDArray[np.int8], weights: Floats) -> Floats:
     below = np.cumsum(down, axis=1) - down
     pairs = up.sum(1) * down.sum(1)
     won = (up * (below + 0.5 * down)).sum(1)
-    return np.divide(won, pairs, out=np.full(len(weights), np.nan), where=pairs > 0)
+    area: Floats = np.divide(won, pairs, out=np.full(len(weights), np.nan), where=pairs > 0)
+    return area
 
 
 def rate(hits: NDArray[np.bool_], among: NDArray[np.bool_], weights: Floats) -> Floats:
     """Weighted share of `among` that are `hits`, such as sensitivity; not a number where there are none."""
     total = weights @ among.astype(np.float64)
-    return np.divide(
-        weights @ (hits & among).astype(np.float64), total, out=np.full(len(weights), np.nan), where=total > 0
-    )
+    found = weights @ (hits & among).astype(np.float64)
+    share: Floats = np.divide(found, total, out=np.full(len(weights), np.nan), where=total > 0)
+    return share
 
 
 def calibration_bins(probabilities: Floats) -> NDArray[np.intp]:
@@ -108,10 +109,10 @@ def calibration_error(
 
 
 def percentiles(value: float, draws: Floats) -> Interval:
-    """The percentile interval of a figure; draws that are no number (no patient of one class) are left out."""
+    """The percentile interval of a figure between -1 and 1; draws without both classes (no number) are left out."""
     usable = draws[np.isfinite(draws)]
     if not len(usable):
-        return Interval(value, float("-inf"), float("inf"))
+        return Interval(value, -1.0, 1.0)
     lower, upper = np.quantile(usable, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(value, min(float(lower), value), max(float(upper), value))
 

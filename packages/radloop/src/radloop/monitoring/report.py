@@ -94,10 +94,10 @@ class DatasetDiff(TypedDict, total=False):
 class Validation(TypedDict, total=False):
     """TFDV's findings on the newest dataset version."""
 
-    instances: int
-    anomalies: list[dict[str, Any]]  # feature, short, detail
-    statistics: list[dict[str, Any]]  # feature, type, missing, mean, std, min, median, max, distinct, top
-    comparisons: list[dict[str, Any]]  # feature, measure, value, threshold, against
+    summary: dict[str, Any]  # summary.json of the stage validate
+    anomalies: list[dict[str, Any]]  # anomalies.json
+    statistics: dict[str, Any]  # statistics.json
+    drift: dict[str, Any]  # drift.json
 
 
 class Split(TypedDict, total=False):
@@ -108,36 +108,43 @@ class Split(TypedDict, total=False):
 
 
 class ModelVersion(TypedDict, total=False):
-    """One trained model, oldest first. `evaluation` is evaluation.json, `gates` a list of `learning.gates.Gate`."""
+    """One trained model, oldest first.
+
+    `evaluation` is `learning.evaluate.Evaluation` or evaluation.json, `folder` where it lies (for its example
+    images), `gates` a list of `learning.gates.Gate`, `alias` champion, challenger, previous or empty, `dataset` a
+    version number.
+    """
 
     version: str
     digest: str
     dataset: int
     alias: str
-    trained_at: str
     evaluation: Any
+    folder: str | Path
     gates: Any
 
 
 class Example(TypedDict, total=False):
-    """One test image with what the model looked at: PNG or JPEG bytes, or the path of such a file."""
+    """One test image beside its saliency map, as one picture: PNG or JPEG bytes, or the path of such a file.
+
+    Needed only where `ModelVersion.folder` is not given. `outcome` is TP, FP, FN or TN.
+    """
 
     image: bytes | str | Path
-    saliency: bytes | str | Path
-    label: int
+    outcome: str
     probability: float
-    decision: int
     caption: str
 
 
 class RolloutStep(TypedDict, total=False):
-    """One step of shadow or canary, with whatever figures the judge gave."""
+    """One step: smoke test, shadow, canary, promotion. `judge` is `serving.judge.JudgeVerdict`, where it was asked."""
 
     name: str
     percent: float
     at: str
+    judge: Any
     verdict: str
-    figures: dict[str, Any]
+    figures: dict[str, Any]  # other facts, by name
     detail: str
 
 
@@ -230,7 +237,9 @@ def render(data: ReportData) -> str:
     """
     plain = msgspec.to_builtins(data, builtin_types=(bytes,), enc_hook=_plain)
     context = views.page(plain)
-    context["examples"] = [_with_images(example) for example in plain.get("examples") or []]
+    context["examples"] = [
+        {**example, "image": _data_uri(example["image"])} for example in context["examples"] if example.get("image")
+    ]
     return _environment().get_template("report.html.j2").render(context)
 
 
@@ -262,14 +271,6 @@ def _environment() -> Environment:
     return made
 
 
-def _with_images(example: Mapping[str, Any]) -> dict[str, Any]:
-    shown = dict(example)
-    for key in ("image", "saliency"):
-        if shown.get(key) is not None:
-            shown[key] = _data_uri(shown[key])
-    return shown
-
-
 def _data_uri(image: bytes | str) -> str:
     if isinstance(image, str):
         try:
@@ -298,7 +299,7 @@ def _plain(value: Any) -> Any:
 
 
 def _absent(value: Any) -> bool:
-    return not isinstance(value, int | float) or isinstance(value, bool) or math.isnan(value)
+    return not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value)
 
 
 def _count(value: Any) -> str:
@@ -316,12 +317,12 @@ def _percent(value: Any, digits: int = 0) -> str:
 
 
 def _interval(figure: Any, digits: int = 3) -> str:
-    """`{"value", "low", "high"}` in words."""
+    """`{"value", "lower", "upper"}` in words."""
     if not isinstance(figure, Mapping) or _absent(figure.get("value")):
         return "–"
-    if _absent(figure.get("low")) or _absent(figure.get("high")):
-        return _figure(figure["value"], digits)
-    low, high = _figure(figure["low"], digits), _figure(figure["high"], digits)
+    if _absent(figure.get("lower")) or _absent(figure.get("upper")):
+        return f"{_figure(figure['value'], digits)} (no interval)"
+    low, high = _figure(figure["lower"], digits), _figure(figure["upper"], digits)
     return f"{_figure(figure['value'], digits)} ({low} to {high})"
 
 

@@ -18,7 +18,7 @@ import msgspec
 
 from radloop.artifact import Each, Kind, Verdict
 from radloop.errors import DefinitionError
-from radloop.stage import Port, Secret, Stage
+from radloop.stage import Port, Secret, Stage, plain
 from radloop.stage.protocol import SPEC_VERSION, Approval
 
 
@@ -213,7 +213,7 @@ class Builder:
             stage=stage.ref,
             inputs={k: handles[k].source for k in sorted(handles)},
             outputs={p.name: Each.name if mapped else p.kind.name for p in stage.outputs.values()},
-            params=msgspec.to_builtins(stage.check_params(params)),
+            params=plain(stage.check_params(params)),
             secrets=tuple(sorted(k for k, (hint, _) in stage.params.items() if hint == Secret)),
             environment=stage.environment,
             cache=stage.cache,

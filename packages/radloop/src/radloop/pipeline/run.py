@@ -150,9 +150,7 @@ class _Walk:
             self.paths[f"input:{given.name}"] = path
         if inputs:
             known = ", ".join(i.name for i in self.pipeline.inputs) or "none"
-            raise DefinitionError(
-                f"pipeline {self.pipeline.name} has no input {sorted(inputs)[0]!r}", expected=known
-            )
+            raise DefinitionError(f"pipeline {self.pipeline.name} has no input {sorted(inputs)[0]!r}", expected=known)
 
     def _walk(self) -> None:
         pending = list(self.pipeline.nodes)
@@ -190,7 +188,9 @@ class _Walk:
         gates = [str(self.paths[gate]) for gate in node.gates]
         digests = {name: open_artifact(path).digest if path else None for name, path in sources.items()}
         # With the verdicts in the key, what ran once under them needs not ask again.
-        digests |= {f"gate {source}": open_artifact(Path(gate)).digest for source, gate in zip(node.gates, gates, strict=True)}
+        digests |= {
+            f"gate {source}": open_artifact(Path(gate)).digest for source, gate in zip(node.gates, gates, strict=True)
+        }
         lock = self.environment_digests.get(node.environment, "")
         final = self.artifacts / key(node, digests, lock, item)
         request = Request(

@@ -26,6 +26,7 @@ from radloop.serving.predictions import OK, Pair
 Verdict = Literal["operationally_safe", "harm", "undetermined"]
 Floats = NDArray[np.float64]
 _RESAMPLES = 1999
+_RESAMPLES_ONE_BY_ONE = 499  # for statistics that scipy cannot compute for all resamples at once
 _SEED = 20260101  # a verdict on the same pairs is the same verdict
 
 
@@ -237,7 +238,7 @@ def _interval(
     result = stats.bootstrap(
         tuple(data),
         statistic,
-        n_resamples=_RESAMPLES,
+        n_resamples=_RESAMPLES if vectorized else _RESAMPLES_ONE_BY_ONE,
         paired=paired,
         vectorized=vectorized,
         confidence_level=2 * limits.confidence - 1,

@@ -53,7 +53,7 @@ class Examined(msgspec.Struct, frozen=True):
 
 
 class ServedModel:
-    """A package loaded, checked and warm.
+    """A package loaded, checked against its own reference answers, and thereby warm.
 
     Args:
         package: folder that `learning.package.build` wrote.
@@ -61,43 +61,35 @@ class ServedModel:
         expect_digest: the model digest that is asked for; None takes what is there.
 
     Raises:
-        ServingError: another digest than asked for; another preprocessing code than the model was trained with; another
-            project key.
+        ArtifactError: the package is damaged, this radloop preprocesses in another way than the one that trained the
+            model, or this machine computes other answers than those packaged.
+        ServingError: another model than asked for; another project key.
     """
 
     def __init__(self, package: Path, pseudonymiser: Pseudonymiser, *, expect_digest: str | None = None) -> None:
         self._packaged = Packaged(package)
         self._pseudonymiser = pseudonymiser
         identity = self._packaged.identity
-        self.digest = str(identity["model_digest"])
-        self.preprocessing = self._packaged.preprocessing
-        self.size = self.preprocessing.size
-        self.inputs = self._packaged.inputs
+        self.digest = identity.model_digest
+        self.size = self._packaged.inputs.size
         if expect_digest is not None and expect_digest != self.digest:
             raise ServingError("the package holds another model", expected=expect_digest, got=self.digest)
-        if identity["preprocessing_digest"] != self.preprocessing.digest:
-            raise ServingError(
-                "this radloop preprocesses images in another way than the one that trained the model",
-                expected=f"preprocessing {identity['preprocessing_digest'][:16]}",
-                got=f"preprocessing {self.preprocessing.digest[:16]}",
-                next_step="serve with the radloop wheel inside the package, or train again with this version",
-            )
-        if identity["key_id"] != pseudonymiser.key_id:
+        if identity.key_id != pseudonymiser.key_id:
             raise ServingError(
                 "the project key is not the one that made the model's pseudonyms",
-                expected=f"key {identity['key_id']}",
+                expected=f"key {identity.key_id}",
                 got=f"key {pseudonymiser.key_id}",
                 next_step="point --key-file at the key of the project that trained this model",
             )
-
-    def warm_up(self) -> None:
-        """One prediction, so that the first request does not pay for allocations."""
-        self.predict(np.zeros((1, 1, self.size, self.size), np.float32))
+        self._packaged.check()
 
     def predict(self, images: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Calibrated probabilities and decisions, each (n,), of preprocessed images (n, 1, size, size)."""
-        probabilities, decisions = self._packaged.predict_tensor(images)
-        return np.asarray(probabilities, np.float64).reshape(-1), np.asarray(decisions, np.int64).reshape(-1)
+        """Calibrated probabilities and decisions, each (n,), of preprocessed images (n, 1, size, size).
+
+        Raises:
+            DataError: values outside 0 to 1.
+        """
+        return self._packaged.predict_tensor(images)
 
     def examine(self, data: bytes, site: str) -> Examined:
         """Read a DICOM file, refuse what the model is not for, pseudonymise, preprocess. All in memory.
@@ -124,7 +116,7 @@ class ServedModel:
         array = pixels.decode(ds)
         photometric, bits = str(ds.PhotometricInterpretation), int(ds.BitsStored)
         return Examined(
-            image=self.preprocessing.from_dataset(ds),
+            image=self._packaged.preprocessing.from_dataset(ds),
             input_digest=hashlib.sha256(data).hexdigest(),
             sop_uid=pseudonymiser.uid(_uid(ds, "SOPInstanceUID")),
             study_uid=pseudonymiser.uid(_uid(ds, "StudyInstanceUID")),
@@ -135,20 +127,16 @@ class ServedModel:
         )
 
     def _check_declared(self, ds: pydicom.Dataset) -> None:
-        """The inputs the model card declares: modality and SOP class."""
-        for keyword, allowed, reason in (
-            ("Modality", self.inputs.get("modalities") or (), Reason.UNEXPECTED_MODALITY),
-            ("SOPClassUID", self.inputs.get("sop_classes") or (), Reason.UNEXPECTED_SOP_CLASS),
-        ):
-            value = str(ds.get(keyword) or "")
-            if allowed and value not in allowed:
-                raise DicomError(
-                    f"the model is not for this {keyword}",
-                    reason=reason,
-                    expected=" or ".join(allowed),
-                    got=value if _is_code(value) else "a value that is no code",
-                    next_step="send images of the declared kind only; the model card says what the model is for",
-                )
+        """The modality that the model card declares."""
+        declared, modality = self._packaged.inputs.modalities, str(ds.get("Modality") or "")
+        if declared and modality not in declared:
+            raise DicomError(
+                "the model is not for this modality",
+                reason=Reason.UNEXPECTED_MODALITY,
+                expected=" or ".join(declared),
+                got=modality if _is_code(modality) else "a value that is no code",
+                next_step="send images of the declared modality only; the model card says what the model is for",
+            )
 
 
 def read_dicom(data: bytes) -> pydicom.Dataset:
@@ -201,10 +189,10 @@ def _check_inflated(data: bytes) -> None:
 
 
 def _loggable(ds: pydicom.Dataset, described: dict[str, Any]) -> dict[str, Any]:
-    """What of the tags goes to the log. They come from the identified instance, so as de-identification would leave them:
+    """What of the tags goes to the log, which holds no PHI though they come from the identified instance.
 
-    ages over 89 are 90 (PS3.15 E.3.6 and the research profile), and a text that repeats a part of the patient's name or of
-    an identifier is left out.
+    Ages over 89 are 90, as the research profile has it; a text that repeats a part of the patient's name or of an
+    identifier is left out.
     """
     kept = {name: described.get(name) for name in TAGS}
     if kept["age_years"] is not None:
@@ -225,5 +213,5 @@ def _uid(ds: pydicom.Dataset, keyword: str) -> str:
 
 
 def _is_code(value: str) -> bool:
-    """A modality or a standard UID may be told back; free text typed into the attribute may not."""
-    return value.startswith("1.2.840.10008.") or (len(value) <= 3 and value.isalnum())
+    """A modality's code may be told back; free text typed into the attribute may not."""
+    return 2 <= len(value) <= 8 and value.isalnum() and value.isupper()

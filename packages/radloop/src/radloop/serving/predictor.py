@@ -38,7 +38,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from radloop.dicom.uids import Pseudonymiser
-from radloop.errors import DicomError, RadloopError, SettingsError
+from radloop.errors import DataError, DicomError, RadloopError, SettingsError
 from radloop.serving import process, protocol
 from radloop.serving.children import REFUSED_EXIT
 from radloop.serving.gateway import CHALLENGER_HEADER, CHAMPION_HEADER, MAX_BODY_BYTES, MIRROR_HEADER
@@ -261,7 +261,10 @@ class Server:
         """Parse, examine, predict, log: in a thread of the pool."""
         question = protocol.parse(body, asked.content_type, asked.site, self._model.size)
         examined, images = self._images(question)
-        probabilities, decisions = self._model.predict(images)
+        try:
+            probabilities, decisions = self._model.predict(images)
+        except DataError as error:
+            raise Refusal(400, "not_preprocessed", _one_line(error)) from None
         if not np.isfinite(probabilities).all():
             raise Refusal(500, "not_finite", "the model gave a probability that is not finite; nothing can be said")
         columns: dict[str, list[Any]] = {
@@ -287,7 +290,7 @@ class Server:
                 examined.append(self._model.examine(data, question.site))
             except DicomError as error:
                 where = f"file {number}: " if len(question.files) > 1 else ""
-                raise Refusal(422, str(error.reason), where + "; ".join(str(error).split("\n  "))) from None
+                raise Refusal(422, str(error.reason), where + _one_line(error)) from None
         return examined, np.stack([one.image for one in examined])
 
     def _row(
@@ -373,6 +376,10 @@ def _request_id(given: str) -> str:
         return hashlib.sha256(given.encode()).hexdigest()[:32] if given else str(uuid.uuid4())
 
 
+def _one_line(error: Exception) -> str:
+    return "; ".join(str(error).split("\n  "))
+
+
 def _since(started: float) -> float:
     return round((time.perf_counter() - started) * 1000, 3)
 
@@ -429,7 +436,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         bound = _bind(options.host, options.port)
         model = ServedModel(options.package, _pseudonymiser(options.key_file), expect_digest=options.expect_digest)
-        model.warm_up()
         token = None if options.token_file is None else _token(options.token_file)
     except (RadloopError, OSError) as error:
         sys.stderr.write(f"{error}\n")

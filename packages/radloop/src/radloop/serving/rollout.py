@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 
 from radloop.errors import ServingError
+from radloop.imaging.transforms import Preprocessing
 from radloop.serving import client
 from radloop.serving.desired import (
     Desired,
@@ -34,7 +35,7 @@ from radloop.serving.desired import (
 STEPS = (5, 25, 50, 100)
 """Shares of a canary's answers, in percent."""
 
-SMOKE_TOLERANCE = 1e-5
+SMOKE_TOLERANCE = 1e-4
 _POLL_S = 0.05
 _SILENCE_S = 10.0
 
@@ -148,17 +149,18 @@ def wait_for(
 def smoke(
     package: Path, url: str, *, token: str | None = None, model: str = "default", tolerance: float = SMOKE_TOLERANCE
 ) -> Smoke:
-    """Send the package's reference images and compare the answers with the stored ones.
+    """Send the package's reference images and compare the answers with the packaged ones.
 
     Args:
-        package: folder with `reference.npz` (inputs float32 (n, 1, size, size), outputs: n probabilities).
+        package: the package folder.
         url: of the predictor or the gateway.
 
     Raises:
         ServingError: an answer differs by more than `tolerance`, or there is none.
     """
-    with np.load(package / "reference.npz") as stored:
-        inputs, outputs = stored["inputs"], stored["outputs"].reshape(-1)
+    preprocessing = msgspec.json.decode((package / "preprocessing.json").read_bytes(), type=Preprocessing)
+    with np.load(package / "reference.npz", allow_pickle=False) as stored:
+        inputs, outputs = preprocessing.windowed(stored["native"]), stored["probabilities"].reshape(-1)
     got = np.array(client.predict_tensor(url, inputs, token=token, model=model))
     if got.shape != outputs.shape:
         raise ServingError("the smoke test got another number of answers", expected=outputs.size, got=got.size)

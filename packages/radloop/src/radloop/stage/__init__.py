@@ -110,8 +110,7 @@ class Stage:
         if default is inspect.Parameter.empty:
             return default
         try:
-            msgspec.json.encode(default)
-            return msgspec.convert(msgspec.to_builtins(default), hint)
+            return msgspec.convert(plain(default), hint)
         except (TypeError, msgspec.ValidationError) as error:
             raise self._wrong(f"the default of {name!r} does not fit its type: {error}", hint) from None
 
@@ -129,7 +128,7 @@ class Stage:
             if value is inspect.Parameter.empty:
                 raise self._wrong(f"parameter {name!r} is missing", hint)
             try:
-                full[name] = msgspec.convert(msgspec.to_builtins(value), hint)
+                full[name] = msgspec.convert(plain(value), hint)
             except msgspec.ValidationError as error:
                 if hint == Secret:  # it may be the secret itself: never repeat it
                     raise self._wrong(f"{name!r} is no secret reference", "env:NAME or file:PATH") from None
@@ -138,6 +137,11 @@ class Stage:
 
     def _wrong(self, what: str, expected: object, got: object = None) -> DefinitionError:
         return DefinitionError(f"stage {self.name}: {what}", expected=expected, got=got)
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON would bring it: a tuple becomes a list, a struct a dict."""
+    return msgspec.json.decode(msgspec.json.encode(value))
 
 
 def _kind(hint: Any) -> tuple[type[Kind], bool]:

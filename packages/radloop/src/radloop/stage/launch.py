@@ -98,7 +98,11 @@ def launch(
     with (folder / "stderr.log").open("wb") as errors:
         try:
             process = subprocess.Popen(  # noqa: S603 - the interpreter is the user's own configuration
-                command, stdout=subprocess.PIPE, stderr=errors, start_new_session=True, env={**os.environ, **(env or {})}
+                command,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,
+                env={**os.environ, **(env or {})},
             )
         except OSError as error:
             return _failed(request, f"{python} cannot be started: {error}", began)

@@ -19,12 +19,11 @@ from radloop.stages.kinds import (
     Validation,
     Verdict,
 )
+from radloop.stages.watch import identity
 
 
 @stage
-def split(
-    dataset: In[Dataset], champion_dataset: In[Dataset] | None, split: Out[Split], verdict: Out[Verdict]
-) -> None:
+def split(dataset: In[Dataset], champion_dataset: In[Dataset] | None, split: Out[Split], verdict: Out[Verdict]) -> None:
     """The leakage gate: no patient and no image in two parts, no test patient that the champion learnt from."""
     from radloop.datasets import manifest
     from radloop.datasets import split as parts
@@ -127,7 +126,6 @@ def package(
     task: str = "finding",
     intended_use: str = "",
     modalities: list[str] = ["CR", "DX"],  # noqa: B006
-    sop_classes: list[str] = [],  # noqa: B006
 ) -> None:
     """Export to ONNX, compare it with the network it came from, and put all that serving needs into one folder."""
     from radloop.datasets import manifest
@@ -135,21 +133,22 @@ def package(
     from radloop.learning import package as packaging
 
     table = manifest.read(dataset.file("manifest.parquet"))
+    labelled = [row["sop_uid"] for row in table.to_pylist() if row["label"] is not None]
     packaging.build(
         model.path,
         evaluation.path,
+        TensorSet(tensors.path),
+        labelled,
         package.path,
-        tensors=TensorSet(tensors.path),
-        table=table,
-        identity=packaging.Identity(
-            model_digest=model.digest,
-            dataset_digest=manifest.digest(table),
-            preprocessing_digest=preprocessing_of(tensors).digest,
-            key_id=str(table["key_id"][0].as_py()),
-            task=task,
+        task=task,
+        dataset_digest=manifest.digest(table),
+        key_id=str(table["key_id"][0].as_py()),
+        inputs=packaging.Inputs(
+            modalities=modalities,
+            size=preprocessing_of(tensors).size,
+            positive=f"{task} present",
+            negative=f"no {task}",
         ),
-        inputs=packaging.Inputs(modalities=modalities, sop_classes=sop_classes),
-        intended_use=intended_use,
     )
 
 
@@ -171,7 +170,7 @@ def register(
     from radloop.stages.project import open_catalog, open_tracking
 
     table = manifest.read(dataset.file("manifest.parquet"))
-    digest = manifest.digest(table)
+    digest, served = manifest.digest(table), identity(package)["model_digest"]
     tracking = open_tracking(home)
     version = tracking.register(
         package=package.path,
@@ -192,7 +191,7 @@ def register(
     }
     with open_catalog(home) as catalog:
         catalog.add_model(
-            model.digest,
+            served,
             dataset_digest=digest,
             preprocessing_digest=preprocessing_of(tensors).digest,
             version=str(version.version),
@@ -200,10 +199,10 @@ def register(
         )
         catalog.ledger.append(
             "training",
-            model.digest,
-            {"dataset": digest, "version": str(version.version), "package": package.digest},
+            served,
+            {"dataset": digest, "version": str(version.version), "weights": model.digest, "package": package.digest},
             actor="register",
-            key=f"training:{model.digest}:{digest}",
+            key=f"training:{served}:{digest}",
         )
         labelled = {row["sop_uid"] for row in table.to_pylist() if row["label"] is not None}
         for request in catalog.label_requests("open"):

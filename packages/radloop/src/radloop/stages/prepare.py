@@ -326,7 +326,10 @@ def write_instances(rows: list[Instance], path: Path) -> None:
         flat.append({**row.tags, **columns, "path": row.archive_path})
     if not flat:
         raise DataError(
-            "no instance could be de-identified", expected="at least one", got="none", next_step="radloop quarantine list"
+            "no instance could be de-identified",
+            expected="at least one",
+            got="none",
+            next_step="radloop quarantine list",
         )
     names = sorted({name for row in flat for name in row})
     pq.write_table(pa.table({name: [row.get(name) for row in flat] for name in names}), path)

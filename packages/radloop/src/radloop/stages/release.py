@@ -41,8 +41,10 @@ def smoke(
     seen = rollout.wait_for(home, (desired(home) or Desired()).generation, timeout_s=wait_s, progress=progress)
     url = rollout.predictor_url(seen, ours.model_digest)
     answered = rollout.smoke(package.path, url, token=token(home))
-    log(f"version {ours.version} answers as packaged: {answered.n} images, largest difference "
-        f"{answered.max_absolute_difference:.2g}")
+    log(
+        f"version {ours.version} answers as packaged: {answered.n} images, largest difference "
+        f"{answered.max_absolute_difference:.2g}"
+    )
     ledger(home, "release", ours, {"step": "smoke", **msgspec.to_builtins(answered)})
     released.write_json("released.json", {"model_digest": ours.model_digest, "smoke": msgspec.to_builtins(answered)})
 

@@ -70,7 +70,12 @@ class EngineSuite:
     def test_typed_parameters_arrive(self, engine: Any, home: Path) -> None:
         """A float that becomes an int, or a text that loses its umlaut, trains another model than was asked for."""
         params: dict[str, Any] = {
-            "count": 2, "scale": 0.1, "negative": True, "weights": [0.5, 1e-9], "unit": "µm ☢ 肺", "mode": "odd"
+            "count": 2,
+            "scale": 0.1,
+            "negative": True,
+            "weights": [0.5, 1e-9],
+            "unit": "µm ☢ 肺",
+            "mode": "odd",
         }
         content = self.values(engine(small(**params), home=home), "numbers.made")
         assert content == {"values": [0.0, -0.1], "weights": [0.5, 1e-9], "unit": "µm ☢ 肺", "mode": "odd"}

@@ -1,7 +1,7 @@
 """Phantom chest radiographs: anatomy-like, random from a seed, with a finding that a network must learn.
 
-Line integrals of attenuation are drawn part by part (trunk, lungs, heart, spine, ribs, clavicles, vessels), then seen by a
-detector with photon noise, blur and its vendor's processing. No patient's image went into them, and no result on
+Line integrals of attenuation are drawn part by part (trunk, lungs, heart, spine, ribs, clavicles, vessels), then seen
+by a detector with photon noise, blur and its vendor's processing. No patient's image went into them, and no result on
 them says anything about patients.
 
 Coordinates: x from -1 (image left, the patient's right) to 1, y downwards in the same unit, 0 at the centre.
@@ -11,11 +11,12 @@ Images are `(rows, columns)`, row 0 at the top.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Plane = NDArray[np.float32]
+Plane = NDArray[np.floating[Any]]
 Generator = np.random.Generator
 
 
@@ -55,11 +56,13 @@ class Scanner:
 SCANNERS: dict[str, Scanner] = {
     "A": Scanner(
         "Aurora Imaging", "Aurora CR 12", "CR", 288, 256, 1.4, 12, "MONOCHROME2",
-        photons=9000, blur_px=0.7, exposure=0.05, gain_spread=0.10, equalise=0.0, gamma=1.0, grid=0.0, collimated=0.0, zoom=1.0,
+        photons=9000, blur_px=0.7, exposure=0.05, gain_spread=0.10, equalise=0.0, gamma=1.0,
+        grid=0.0, collimated=0.0, zoom=1.0,
     ),
     "B": Scanner(
         "Boreal Medical", "Boreal DX 300", "DX", 320, 320, 1.34, 14, "MONOCHROME1",
-        photons=1200, blur_px=2.2, exposure=0.04, gain_spread=0.08, equalise=0.6, gamma=0.7, grid=0.02, collimated=0.16, zoom=0.82,
+        photons=1200, blur_px=2.2, exposure=0.04, gain_spread=0.08, equalise=0.6, gamma=0.7,
+        grid=0.02, collimated=0.16, zoom=0.82,
     ),
 }  # fmt: skip
 
@@ -109,9 +112,7 @@ def anatomy(rng: Generator, *, sex: str, age_years: float) -> Anatomy:
     )
 
 
-def radiograph(
-    body: Anatomy, scanner: Scanner, rng: Generator, *, finding: bool
-) -> NDArray[np.uint16]:
+def radiograph(body: Anatomy, scanner: Scanner, rng: Generator, *, finding: bool) -> NDArray[np.uint16]:
     """One exposure of a chest.
 
     Args:
@@ -140,19 +141,23 @@ def _positioned(scanner: Scanner, rng: Generator) -> tuple[Plane, Plane]:
     turn = np.deg2rad(rng.normal(0, 2.0))
     x, y = np.meshgrid((across - rng.normal(0, 0.03)) * scale, (down - rng.normal(0, 0.03)) * scale)
     cos, sin = np.float32(np.cos(turn)), np.float32(np.sin(turn))
-    return (cos * x + sin * y).astype(np.float32), (cos * y - sin * x).astype(np.float32)
+    return _plane(cos * x + sin * y).astype(np.float32), (cos * y - sin * x)
+
+
+def _plane(value: object) -> Plane:
+    return np.asarray(value, dtype=np.float32)
 
 
 def _step(value: Plane, width: float) -> Plane:
     """0 below, 1 above zero, over about `width`."""
-    return np.clip(value / np.float32(width) + np.float32(0.5), 0, 1)
+    return _plane(np.clip(value / np.float32(width) + np.float32(0.5), 0, 1))
 
 
 def _blob(x: Plane, y: Plane, at: tuple[float, float], size: tuple[float, float], turn: float = 0.0) -> Plane:
     """A Gaussian, 1 at its centre, with one standard deviation an axis."""
     cos, sin = np.cos(turn), np.sin(turn)
     u, v = (x - at[0]) * cos + (y - at[1]) * sin, (y - at[1]) * cos - (x - at[0]) * sin
-    return np.exp(-0.5 * ((u / size[0]) ** 2 + (v / size[1]) ** 2)).astype(np.float32)
+    return _plane(np.exp(-0.5 * ((u / size[0]) ** 2 + (v / size[1]) ** 2)))
 
 
 def _chest(body: Anatomy, x: Plane, y: Plane) -> tuple[Plane, Plane]:
@@ -180,7 +185,7 @@ def _trunk(body: Anatomy, r: Plane, y: Plane) -> Plane:
     profile = np.sqrt(np.clip(1 - (r / neck) ** 2, 0, 1))
     belly = 1 + 0.18 * _step(y - body.dome, 0.5)
     arms = 1.0 * _step(r - wall - 0.10 + 0.1 * y, 0.05) * _step(0.9 - y, 0.5) * _step(1.35 - r, 0.05)
-    return np.maximum(body.trunk * belly * profile**0.7, 1.1 * arms).astype(np.float32)
+    return _plane(np.maximum(body.trunk * belly * profile**0.7, 1.1 * arms))
 
 
 def _lungs(body: Anatomy, r: Plane, y: Plane, side: Plane) -> tuple[Plane, Plane]:
@@ -194,7 +199,7 @@ def _lungs(body: Anatomy, r: Plane, y: Plane, side: Plane) -> tuple[Plane, Plane
     share = _step(lateral - r, 0.03) * _step(r - medial, 0.04) * _step(dome - y, 0.035)
     where = np.clip((r - medial) / np.maximum(lateral - medial, 0.02), 0, 1)
     depth = (1 - np.abs(2 * where - 0.9) ** 3 * 0.6) * (0.72 + 0.28 * _step(y + 0.45, 0.9))
-    return share.astype(np.float32), (share * depth).astype(np.float32)
+    return _plane(share), _plane(share * depth)
 
 
 def _heart(body: Anatomy, x: Plane, y: Plane) -> Plane:
@@ -209,7 +214,7 @@ def _heart(body: Anatomy, x: Plane, y: Plane) -> Plane:
     total += 0.45 * _step(1 - knob, 0.5)
     for at in ((-0.22, -0.02), (0.24, -0.06)):
         total += 0.35 * _blob(x, y, at, (0.07, 0.11))
-    return total.astype(np.float32)
+    return _plane(total)
 
 
 def _ribs(body: Anatomy, r: Plane, y: Plane) -> Plane:
@@ -220,7 +225,7 @@ def _ribs(body: Anatomy, r: Plane, y: Plane) -> Plane:
     anterior = (y - 0.55 * (1 - u) ** 1.3 + 0.05) / (body.rib_step * 1.1) + body.rib_phase * 1.7
     back = _band(posterior, 0.20) * _step(r - 0.06, 0.03) * _step(y - body.apex + 0.05 - 0.2 * (u - 0.5), 0.08)
     front = _band(anterior, 0.24) * _step(r - 0.36, 0.10) * _step(y - body.apex - 0.25, 0.1)
-    return (np.float32(body.rib_contrast) * cage * (back + 0.5 * front)).astype(np.float32)
+    return _plane(np.float32(body.rib_contrast) * cage * (back + 0.5 * front))
 
 
 def _band(phase: Plane, half: float) -> Plane:
@@ -228,7 +233,7 @@ def _band(phase: Plane, half: float) -> Plane:
     off = np.abs(phase - np.round(phase))
     bar = np.clip((half - off) / 0.06 + 0.5, 0, 1)
     rim = np.exp(-(((off - half + 0.05) / 0.05) ** 2))
-    return (0.75 * bar + 0.45 * rim * bar).astype(np.float32)
+    return _plane(0.75 * bar + 0.45 * rim * bar)
 
 
 def _clavicles(body: Anatomy, r: Plane, y: Plane) -> Plane:
@@ -237,7 +242,7 @@ def _clavicles(body: Anatomy, r: Plane, y: Plane) -> Plane:
     line = body.apex + 0.20 - body.clavicle_slope * u + 0.05 * np.sin(2 * np.pi * u)
     off = np.abs(y - line) / (0.035 + 0.012 * u)
     shape = np.clip((1 - off) / 0.3 + 0.5, 0, 1) * _step(r - 0.09, 0.03) * _step(0.88 - r, 0.05)
-    return (0.42 * shape * (0.8 + 0.5 * np.exp(-(((off - 0.85) / 0.25) ** 2)))).astype(np.float32)
+    return _plane(0.42 * shape * (0.8 + 0.5 * np.exp(-(((off - 0.85) / 0.25) ** 2))))
 
 
 def _vessels(body: Anatomy, x: Plane, y: Plane, rng: Generator) -> Plane:
@@ -248,13 +253,13 @@ def _vessels(body: Anatomy, x: Plane, y: Plane, rng: Generator) -> Plane:
     near = np.exp(-(((np.abs(x) - 0.22) / 0.30) ** 2) - ((y + 0.02) / 0.42) ** 2)
     streaks = np.abs(coarse)  # ridges of a random field branch as vessels do
     lines = np.exp(-((streaks / 0.30) ** 2))
-    return ((0.03 + 0.17 * near) * lines + 0.05 * near * coarse + 0.035 * fine).astype(np.float32)
+    return _plane((0.03 + 0.17 * near) * lines + 0.05 * near * coarse + 0.035 * fine)
 
 
 def _texture(shape: tuple[int, ...], scale: float, rng: Generator) -> Plane:
     """Gaussian random field of unit variance, correlated over `scale` of the image's side."""
     field = _blurred(rng.standard_normal(shape, dtype=np.float32), scale * shape[1])
-    return (field / field.std()).astype(np.float32)
+    return _plane(field / field.std())
 
 
 def _blurred(image: Plane, sigma_px: float) -> Plane:
@@ -265,7 +270,7 @@ def _blurred(image: Plane, sigma_px: float) -> Plane:
     fy, fx = np.fft.fftfreq(rows)[:, np.newaxis], np.fft.rfftfreq(columns)
     transfer = np.exp(-2 * (np.pi * sigma_px) ** 2 * (fy**2 + fx**2))
     blurred = np.fft.irfft2(np.fft.rfft2(wide) * transfer, s=wide.shape)
-    return blurred[pad : rows - pad, pad : columns - pad].astype(np.float32)
+    return _plane(blurred[pad : rows - pad, pad : columns - pad])
 
 
 def _opacities(lungs: Plane, x: Plane, y: Plane, rng: Generator) -> Plane:
@@ -283,7 +288,7 @@ def _opacities(lungs: Plane, x: Plane, y: Plane, rng: Generator) -> Plane:
             axes = (size * rng.uniform(0.5, 1.0), size * rng.uniform(0.5, 1.0))
             total += np.float32(0.5 * strength) * _blob(x, y, lobe, axes, rng.uniform(0, np.pi))
     ragged = 1 + 0.25 * _texture(x.shape, 0.012, rng)
-    return (total * ragged * np.clip(lungs + 0.15, 0, 1)).astype(np.float32)
+    return _plane(total * ragged * np.clip(lungs + 0.15, 0, 1))
 
 
 def _exposed(attenuation: Plane, scanner: Scanner, rng: Generator) -> NDArray[np.uint16]:

@@ -17,7 +17,9 @@ from pydicom.sequence import Sequence
 class Uniform(Protocol):
     """Both `random.Random` and `numpy.random.Generator` are one."""
 
-    def random(self) -> float: ...
+    def random(self) -> float:
+        """Uniform in [0, 1)."""
+        ...
 
 
 @dataclass(frozen=True)

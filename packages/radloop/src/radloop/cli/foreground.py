@@ -1,0 +1,69 @@
+"""Servers in the foreground: they say where they listen, and end cleanly on Ctrl-C and SIGTERM."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+import msgspec
+
+from radloop.settings import secret
+
+
+@contextmanager
+def ending_with(stop: Callable[[], None]) -> Iterator[None]:
+    """Call `stop` on SIGINT and SIGTERM instead of dying; a second signal, if that hangs, ends the process."""
+    before = {}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        del frame
+        signal.signal(number, before[number])
+        stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def announced(path: Path | None, host: str, port: int) -> Iterator[None]:
+    """Keep a file `{"host", "port", "pid"}` where a script waits for it, from now until the server ends; whole or not there."""
+    if path is None:
+        yield
+        return
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_bytes(msgspec.json.encode({"host": host, "port": port, "pid": os.getpid()}) + b"\n")
+    os.replace(scratch, path)
+    try:
+        yield
+    finally:
+        with suppress(FileNotFoundError):
+            path.unlink()
+
+
+@contextmanager
+def secret_file(reference: str, project: Path) -> Iterator[Path]:
+    """A file that holds a secret, for a child process that takes a path.
+
+    `file:` references are that file, once it is sure that only its owner can read it. The value of an `env:` reference
+    stands in a file of mode 0600 in memory (/dev/shm where there is one) for as long as the server runs.
+    """
+    value = secret(reference, project)
+    if reference.startswith("file:"):
+        yield project / reference.removeprefix("file:")
+        return
+    memory = Path("/dev/shm")  # noqa: S108 - a folder of our own is made in it, 0700
+    with tempfile.TemporaryDirectory(prefix="radloop-", dir=memory if memory.is_dir() else None) as folder:
+        path = Path(folder, "secret")
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(value)
+        yield path

@@ -1,0 +1,282 @@
+"""`radloop serve`, `predict`, `rollback`: a model in use."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from radloop.cli import output
+from radloop.cli.common import FAILED, HERE, Json, Project, actor, catalog_at, command, settings_at, short
+from radloop.errors import RadloopError, ServingError
+
+if TYPE_CHECKING:
+    from radloop.catalog.store import Catalog
+    from radloop.serving.desired import ModelRef, State
+    from radloop.settings import Settings
+
+
+def register(app: typer.Typer) -> None:
+    """Add `serve`, `predict` and `rollback`."""
+
+    @command(
+        app,
+        "serve",
+        examples=("radloop serve", "radloop serve --port 0 --ready-file /run/radloop/serve.json"),
+        after="`radloop run release` (in another terminal) gives it a model; `radloop predict FILE` asks it.",
+    )
+    def serve(
+        port: Annotated[
+            int | None, typer.Option("--port", help="Instead of [serve] port; 0: any free one.", show_default=False)
+        ] = None,
+        ready_file: Annotated[
+            Path | None, typer.Option("--ready-file", help="JSON with host, port, pid, written once it listens.")
+        ] = None,
+        project: Project = HERE,
+        json: Json = False,
+    ) -> None:
+        """Serve predictions over the Open Inference Protocol (REST), until Ctrl-C or SIGTERM.
+
+        Starts the gateway and one predictor for each model in use, keeps them running, and follows what releases ask
+        for. Before the first release it answers 503. On SIGTERM requests under way are answered first.
+        """
+        settings = settings_at(project)
+        serve_until_stopped(project, settings, port=port, ready_file=ready_file, json=json)
+
+    @command(
+        app,
+        "predict",
+        examples=("radloop predict study/*.dcm --site site-a", "radloop predict image.dcm --json"),
+        after="`radloop trace PREDICTION` leads from an answer to the images that trained the model.",
+    )
+    def predict(
+        files: Annotated[
+            list[Path], typer.Argument(metavar="FILE...", help="DICOM files.", exists=True, dir_okay=False)
+        ],
+        site: Annotated[
+            str, typer.Option("--site", help="The sender's site code; needed where files have no IssuerOfPatientID.")
+        ] = "",
+        url: Annotated[
+            str | None, typer.Option("--url", help="The gateway, if it is not this project's own.", show_default=False)
+        ] = None,
+        project: Project = HERE,
+        json: Json = False,
+    ) -> None:
+        """Ask the served model about DICOM files. They are pseudonymised in memory before anything is logged.
+
+        The answer supports a person's reading and never replaces it. Files that are refused are named, and the exit
+        code is then 1.
+        """
+        answers = ask(project, settings_at(project), files, site=site, url=url)
+        if json:
+            output.print_json(answers)
+        else:
+            output.print_table(
+                "Predictions",
+                ["file", "probability", "decision", "model version", "prediction"],
+                [
+                    (a["file"], "", a["error"].splitlines()[0], "", "")
+                    if "error" in a
+                    else (a["file"], f"{a['probability']:.3f}", a["decision"], a["version"], a["id"])
+                    for a in answers
+                ],
+            )
+        if any("error" in answer for answer in answers):
+            raise typer.Exit(FAILED)
+
+    @command(
+        app,
+        "rollback",
+        examples=("radloop rollback --why 'agreement fell at site B'", "radloop rollback --to 3"),
+        after="`radloop status` shows what is served now; `radloop ledger --kind rollback` that it was recorded.",
+    )
+    def rollback(
+        to: Annotated[
+            str | None,
+            typer.Option("--to", metavar="VERSION", help="A version that was champion.", show_default="the one before"),
+        ] = None,
+        why: Annotated[str, typer.Option("--why", help="The reason, for the ledger. No patient's data.")] = "",
+        by: Annotated[
+            str | None, typer.Option("--by", metavar="NAME", help="Your name.", show_default="the system's user")
+        ] = None,
+        project: Project = HERE,
+        json: Json = False,
+    ) -> None:
+        """Go back to the champion before this one, at once: in serving, in the registry and in the ledger.
+
+        While a challenger is under trial, this takes the challenger out and leaves the champion; run it again to go on
+        to the champion before. With --to it goes straight to a version that was champion once. Without a running
+        `radloop serve` it takes effect when that starts.
+        """
+        settings_at(project)
+        with catalog_at(project) as catalog:
+            told = roll_back(project, catalog, to=to, why=why, by=actor(by))
+        if json:
+            output.print_json(told)
+        else:
+            print(told["message"])
+
+
+def serve_until_stopped(
+    project: Path, settings: Settings, *, port: int | None, ready_file: Path | None, json: bool
+) -> None:
+    """Run the supervisor in this process. Raises ServingError if the port is busy or another one serves this project."""
+    from radloop.cli.foreground import announced, ending_with, secret_file
+    from radloop.serving.supervisor import Supervisor
+
+    with ExitStack() as stack:
+        key = stack.enter_context(secret_file(settings.deidentify.key, project))
+        token = stack.enter_context(secret_file(settings.serve.token, project)) if settings.serve.token else None
+        host = settings.serve.host
+        supervisor = Supervisor(
+            project,
+            gateway_port=settings.serve.port if port is None else port,
+            key_file=key,
+            token_file=token,
+            host=host,
+        )
+
+        def ready(bound: int) -> None:
+            stack.enter_context(announced(ready_file, host, bound))
+            if json:
+                output.print_json({"host": host, "port": bound})
+            else:
+                print(f"radloop serve: http://{host}:{bound} (Open Inference Protocol v2); Ctrl-C ends it", flush=True)
+
+        with ending_with(supervisor.stop):
+            supervisor.run(on_ready=ready)
+    if not json:
+        print("radloop serve: ended")
+
+
+def ask(project: Path, settings: Settings, files: list[Path], *, site: str, url: str | None) -> list[dict[str, Any]]:
+    """Send the files one after another: for each the answer, or `error`.
+
+    Raises:
+        ServingError: nobody serves there.
+    """
+    import httpx
+    import msgspec
+
+    from radloop.serving.client import predict_dicom
+    from radloop.serving.rollout import gateway_url
+    from radloop.settings import secret
+
+    where = url or gateway_url(project)
+    token = secret(settings.serve.token, project).decode() if settings.serve.token else None
+    answers: list[dict[str, Any]] = []
+    with httpx.Client() as client, output.progress("predict") as progress:
+        for number, path in enumerate(files, 1):
+            try:
+                said = predict_dicom(where, path.read_bytes(), site=site, token=token, client=client)
+            except ServingError as error:
+                if error.what == "no answer from the predictor":
+                    raise
+                answers.append({"file": str(path), "error": str(error)})
+            else:
+                answers.append({"file": str(path), **msgspec.to_builtins(said)})
+            progress(number, len(files))
+    return answers
+
+
+def roll_back(project: Path, catalog: Catalog, *, to: str | None, why: str, by: str) -> dict[str, Any]:
+    """Serve another model: desired state first (patients first), then the ledger, then the registry's alias."""
+    from radloop.serving.desired import Desired, desire, desired, supervisor_pid
+    from radloop.serving.rollout import rolled_back, wait_for
+
+    before = (desired(project) or Desired()).models
+    state = rolled_back(project) if to is None else _state_of(project, catalog, to)
+    now = state.models.champion
+    assert now is not None or before.champion is None
+    generation = desire(project, state)
+    payload = {
+        "step": "rollback",
+        "from": _version(before.challenger if before.challenger and now == before.champion else before.champion),
+        "to": _version(now),
+        "why": why,
+    }
+    catalog.ledger.append("rollback", now.model_digest if now else "none", payload, actor=by)
+    serving = supervisor_pid(project) is not None
+    if serving:
+        with output.progress("roll back") as progress:
+            wait_for(project, generation, progress=progress)
+    moved = _move_alias(project, now) if now is not None and now != before.champion else ""
+    return {
+        **payload,
+        "model_digest": now.model_digest if now else None,
+        "in_effect": serving,
+        "message": _say_rolled_back(before.challenger, before.champion, now, serving=serving) + moved,
+    }
+
+
+def _state_of(project: Path, catalog: Catalog, version: str) -> State:
+    """The state that serves a version that was promoted once.
+
+    Raises:
+        ServingError: it never was champion, is it already, or its package is gone.
+    """
+    from radloop.serving.desired import Desired, Models, State, desired
+
+    now = (desired(project) or Desired()).models
+    once = [row for row in catalog.ledger.rows(kind="release") if row.payload.get("step") == "promoted"]
+    digests = {str(row.payload.get("version")): row.subject for row in once}
+    if version not in digests:
+        raise ServingError(
+            f"version {version} never was the champion",
+            expected=f"one of {', '.join(digests)}" if digests else "a version that was promoted",
+            got=version,
+            next_step="only what passed the gates and a release can be rolled back to: radloop run release",
+        )
+    digest = digests[version]
+    if now.champion is not None and now.champion.model_digest == digest:
+        raise ServingError(f"version {version} is the champion already", next_step="radloop status")
+    known = [ref for ref in (now.previous, now.challenger) if ref is not None and ref.model_digest == digest]
+    return State(models=Models(champion=known[0] if known else _find_package(project, digest, version)))
+
+
+def _find_package(project: Path, digest: str, version: str) -> ModelRef:
+    """The package of a model among the artifacts."""
+    import msgspec
+
+    from radloop.serving.desired import ModelRef
+
+    for path in sorted((project / "artifacts").glob("*/*/identity.json")):
+        if msgspec.json.decode(path.read_bytes()).get("model_digest") == digest:
+            folder = path.parent.resolve().relative_to(project.resolve())
+            return ModelRef(package=str(folder), version=version, model_digest=digest)
+    raise ServingError(
+        f"the package of version {version} is not there any more",
+        expected=f"a package of model {short(digest)} under artifacts/",
+        next_step="restore artifacts/ from a backup, or roll back to another version",
+    )
+
+
+def _move_alias(project: Path, now: ModelRef) -> str:
+    """Point the registry's champion at the model; what to add to the message if that fails. Serving does not wait for it."""
+    from radloop.stages.project import open_tracking
+
+    try:
+        tracking = open_tracking(project)
+        tracking.set_alias("champion", now.version)
+    except (RadloopError, OSError) as error:
+        return (
+            f"\nThe registry was not told ({type(error).__name__}): once it answers, move its alias 'champion' to "
+            f"version {now.version}, or run `radloop rollback --to {now.version}` again"
+        )
+    return ""
+
+
+def _say_rolled_back(
+    challenger: ModelRef | None, before: ModelRef | None, now: ModelRef | None, *, serving: bool
+) -> str:
+    when = "" if serving else "; it takes effect when `radloop serve` starts"
+    if now == before:
+        said = f"the challenger, version {_version(challenger)}, was taken out; the champion is version {_version(now)}"
+        return f"{said}{when}\nNext: run `radloop rollback` again to go back to the champion before"
+    return f"version {_version(now)} is served again instead of version {_version(before)}{when}"
+
+
+def _version(ref: ModelRef | None) -> str | None:
+    return None if ref is None else ref.version

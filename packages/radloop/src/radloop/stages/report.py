@@ -1,0 +1,272 @@
+"""What the report shows, gathered from the project folder: catalog, ledger, artifacts and run records."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from radloop import __version__
+from radloop.errors import ArtifactError
+from radloop.stages.project import open_catalog, settings_of
+
+if TYPE_CHECKING:
+    from radloop.catalog.store import Catalog
+
+_LEDGER_ROWS = 40
+_TRACED = 20
+
+
+def build(home: Path) -> dict[str, Any]:
+    """The data of the report page (`radloop.monitoring.report.ReportData`) for a project as it stands."""
+    settings = settings_of(home)
+    runs = read_runs(home)
+    with open_catalog(home) as catalog:
+        evaluations = _evaluations(home, catalog, runs)
+        data: dict[str, Any] = {
+            "project": {
+                "name": home.resolve().name,
+                "task": settings.task.name,
+                "intended_use": settings.task.intended_use,
+                "version": __version__,
+                "engine": "local",
+            },
+            "flow": _flow(home, catalog, runs),
+            "quarantine": _quarantine(catalog),
+            "datasets": [msgspec.to_builtins(version) for version in catalog.datasets()],
+            "dataset_diffs": _diffs(home, catalog),
+            "models": evaluations,
+            "rollouts": _rollouts(catalog),
+            "alerts": [
+                {"at": row.at, "id": row.subject, "state": "sent" if row.payload.get("sent") else "kept", **_said(row)}
+                for row in catalog.ledger.rows(kind="alert")
+            ],
+            "label_requests": _requests(catalog, settings.task.name),
+            "ledger": [msgspec.to_builtins(row) for row in catalog.ledger.rows()[-_LEDGER_ROWS:]],
+            "trace": _trace(home, catalog),
+        }
+    data |= _of_runs(runs)
+    data["timing"] = [
+        {"name": f"{run['pipeline']} {name}", "seconds": result["seconds"], "cached": result["cached"]}
+        for run in _latest_each(runs)
+        for name, result in run["results"].items()
+    ]
+    return {name: value for name, value in data.items() if value}
+
+
+def read_runs(home: Path) -> list[dict[str, Any]]:
+    """Records of all runs, oldest first."""
+    found = []
+    for record in sorted((home / "runs").glob("*/run.json")):
+        found.append(msgspec.json.decode(record.read_bytes(), type=dict[str, Any]))
+    return found
+
+
+def _latest_each(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    last = {run["pipeline"]: run for run in runs}
+    return [last[name] for name in ("prepare", "develop", "release", "watch") if name in last]
+
+
+def _json(run: dict[str, Any], output: str, member: str) -> Any:
+    """A JSON member of a run's output; None if the run did not come so far or it was removed since."""
+    if output not in run["outputs"]:
+        return None
+    path = Path(run["outputs"][output]) / member
+    return msgspec.json.decode(path.read_bytes()) if path.exists() else None
+
+
+def _of_runs(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What only run records point to: validation, split, drift and performance."""
+    data: dict[str, Any] = {}
+    drifts = []
+    for run in runs:
+        if run["pipeline"] == "prepare" and (summary := _json(run, "validate.validation", "summary.json")):
+            data["validation"] = {
+                "instances": summary.get("instances"),
+                "anomalies": _json(run, "validate.validation", "anomalies.json"),
+                "statistics": _json(run, "validate.validation", "statistics.json"),
+                "comparisons": _json(run, "validate.validation", "drift.json"),
+            }
+        if run["pipeline"] == "develop" and (split := _json(run, "split.split", "split.json")):
+            data["split"] = {"leakage": split, "parts": _parts(run)}
+        if run["pipeline"] == "watch":
+            if drift := _json(run, "drift.drift", "drift.json"):
+                drifts.append(drift)
+            if performance := _json(run, "performance.performance", "performance.json"):
+                data["performance"] = performance
+    alarms = [i for i, drift in enumerate(drifts) if drift["verdict"] == "drifted"]
+    if drifts:
+        first = alarms[0] if alarms else len(drifts) - 1
+        data["drift"] = {"before": drifts[first], "after": drifts[-1] if len(drifts) - 1 > first else None}
+    return data
+
+
+def _parts(run: dict[str, Any]) -> Any:
+    evaluation = _json(run, "evaluate.evaluation", "evaluation.json")
+    return evaluation["parts"] if evaluation else None
+
+
+def _evaluations(home: Path, catalog: Catalog, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each evaluated model once, oldest first, refused ones too."""
+    registered = {model.info["evaluation"]: model for model in catalog.models() if "evaluation" in model.info}
+    numbers = {version.digest: version.number for version in catalog.datasets()}
+    champion = _champion(home)
+    found: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        evaluation = _json(run, "evaluate.evaluation", "evaluation.json") if run["pipeline"] == "develop" else None
+        if evaluation is None:
+            continue
+        folder = Path(run["outputs"]["evaluate.evaluation"])
+        place = str(folder.relative_to(home.resolve())) if folder.is_relative_to(home.resolve()) else str(folder)
+        model, split = registered.get(place), _json(run, "split.split", "split.json")
+        verdict = _json(run, "evaluate.verdict", "verdict.json")
+        alias = "champion" if model and model.digest == champion else ""
+        found[place] = {
+            "version": model.version if model else "not registered",
+            "digest": model.digest if model else folder.parent.name,
+            "dataset": numbers.get(model.dataset_digest) if model else (split and max(numbers.values(), default=None)),
+            "alias": alias,
+            "trained_at": model.created_at if model else "",
+            "evaluation": evaluation,
+            "gates": verdict["gates"] if verdict else [],
+            "examples": [
+                {**{k: v for k, v in e.items() if k != "file"}, "image": folder / e["file"]}
+                for e in evaluation.get("examples", [])
+                if (folder / e["file"]).exists()
+            ],
+        }
+    return list(found.values())
+
+
+def _champion(home: Path) -> str:
+    from radloop.serving.desired import desired
+
+    now = desired(home)
+    return now.models.champion.model_digest if now and now.models.champion else ""
+
+
+def _flow(home: Path, catalog: Catalog, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Instances from received to published, and what each step kept back."""
+    from radloop.serving import predictions
+
+    prepared = [run for run in runs if run["pipeline"] == "prepare" and run["results"]]
+    if not prepared:
+        return {}
+    by_stage: dict[str, Counter[str]] = {}
+    for row in catalog.quarantined(state=None):
+        by_stage.setdefault(row.stage, Counter())[str(row.reason)] += 1
+
+    def lost(stage: str) -> list[dict[str, Any]]:
+        return [{"reason": reason, "count": n} for reason, n in sorted(by_stage.get(stage, {}).items())]
+
+    def count(stage: str, output: str, name: str = "instances") -> int:
+        outputs = prepared[-1]["results"].get(stage, {}).get("outputs", {})
+        found = outputs.get(output, {}).get("counts", {}).get(name, 0)
+        return int(found)
+
+    kept = sum(sum(per.values()) for per in catalog.counts().values())
+    refused = sum(by_stage.get("receive", Counter()).values())
+    steps = [
+        {"name": "received", "count": kept + refused, "lost": lost("receive")},
+        {"name": "de-identified", "count": count("deidentify", "clean"), "lost": lost("deidentify")},
+        {"name": "passed quality", "count": count("quality", "checked"), "lost": lost("quality")},
+        {"name": "preprocessed", "count": count("preprocess", "tensors", "images"), "lost": lost("preprocess")},
+        {"name": "published", "count": count("publish", "dataset")},
+    ]
+    predicted = {row["sop_uid"] for row in predictions.read(home / "predictions", status=predictions.OK)}
+    ends = [{"name": part, "count": count("publish", "dataset", part)} for part in ("train", "validation", "test")]
+    return {"steps": steps, "ends": [*ends, {"name": "predicted", "count": len(predicted - {None})}]}
+
+
+def _quarantine(catalog: Catalog) -> list[dict[str, Any]]:
+    counted = Counter((str(row.reason), row.stage) for row in catalog.quarantined(state=None))
+    return [{"reason": reason, "stage": stage, "count": n} for (reason, stage), n in sorted(counted.items())]
+
+
+def _diffs(home: Path, catalog: Catalog) -> list[dict[str, Any]]:
+    from radloop.datasets import manifest
+
+    versions = catalog.datasets()
+    found = []
+    for before, after in zip(versions, versions[1:], strict=False):
+        try:
+            a, b = (manifest.read(home / version.path) for version in (before, after))
+        except ArtifactError:  # removed since; the ledger still names it
+            continue
+        found.append({"before": before.number, "after": after.number, "changes": manifest.diff(a, b)})
+    return found
+
+
+def _rollouts(catalog: Catalog) -> list[dict[str, Any]]:
+    """One entry a model that was released or tried, its steps in the order they were taken."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in catalog.ledger.rows():
+        if row.kind not in ("release", "rollback") or str(row.payload.get("step", "")).endswith("began"):
+            continue
+        entry = found.setdefault(row.subject, {"challenger": row.subject[:12], "steps": [], "verdict": ""})
+        told = row.payload
+        figures = {f["name"]: {"value": f["figure"], "low": f["low"], "high": f["high"]} for f in told.get("figures", [])}
+        step: dict[str, Any] = {"name": told["step"], "at": row.at, "verdict": told.get("verdict", ""), "figures": figures}
+        if row.kind == "rollback":
+            step["name"], step["verdict"], entry["verdict"] = "rolled back", "stop", "rolled back"
+            step["detail"] = told.get("why", "")
+        if told["step"] == "promoted":
+            step["verdict"], entry["verdict"] = "pass", "promoted"
+        if "percent" in told or str(told["step"]).startswith("canary"):
+            step["percent"] = float(str(told["step"]).split()[1]) if " " in str(told["step"]) else None
+        if "n_patients" in told:
+            step["detail"] = f"{told['n_patients']} patients, {told['n_requests']} requests"
+        entry["steps"].append(step)
+    approvals = {row.subject: row for row in catalog.ledger.rows(kind="approval")}
+    packages = {model.digest: model.info.get("package_digest") for model in catalog.models()}
+    for digest, entry in found.items():
+        row = approvals.get(str(packages.get(digest)))
+        if row is not None:
+            entry["approved_by"] = f"{row.actor} ({row.payload.get('role')}): {row.payload.get('why')}"
+    return list(found.values())
+
+
+def _requests(catalog: Catalog, task: str) -> list[dict[str, Any]]:
+    labelled = catalog.resolve_labels(task).values
+    return [
+        {
+            "id": request.id,
+            "opened_at": request.opened_at,
+            "status": request.status,
+            "count": len(request.sop_uids),
+            "arrived": sum(uid in labelled for uid in request.sop_uids),
+            "why": request.why,
+        }
+        for request in catalog.label_requests()
+    ]
+
+
+def _said(row: Any) -> dict[str, Any]:
+    return {"kind": row.payload["kind"], "subject": row.payload["subject"]}
+
+
+def _trace(home: Path, catalog: Catalog) -> dict[str, Any]:
+    """The latest served prediction of an image, down to the instances its model learnt from."""
+    from radloop.errors import DataError
+    from radloop.serving import predictions
+
+    rows = [r for r in predictions.read(home / "predictions", status=predictions.OK) if r["sop_uid"] and r["served"]]
+    if not rows:
+        return {}
+    row = max(rows, key=lambda r: r["at"])
+    try:
+        traced = catalog.trace(row["model_digest"])
+    except DataError:  # served from a package of another project
+        return {}
+    learnt = [member.sop_uid for member in traced.members if member.part != "test"]
+    shown = ("prediction_id", "at", "sop_uid", "site", "probability", "decision")
+    return {
+        "prediction": {name: row[name] for name in shown},  # type: ignore[literal-required]
+        "model": {"version": traced.model.version, "digest": traced.model.digest},
+        "run": {"id": traced.model.info.get("run_id")},
+        "dataset": {"number": traced.dataset.number, "digest": traced.dataset.digest},
+        "instances": learnt[:_TRACED],
+        "count": len(learnt),
+    }
