@@ -34,7 +34,7 @@ torture: setup ## run the long tests too: kills at many seeded moments
 
 .PHONY: bench
 bench: setup ## measure what we promise about speed
-	@$(BIN)/python -m pytest benchmarks -s -p no:randomly --override-ini python_files="bench_*.py" $(ARGS)
+	@$(BIN)/python scripts/bench.py
 
 .PHONY: lint
 lint: setup ## style, imports between the rooms, declared dependencies

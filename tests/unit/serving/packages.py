@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from pydicom import DataElement, config
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
@@ -31,7 +32,7 @@ def build(folder: Path, *, weight: float = 4.0, key: bytes = KEY, modalities: tu
     preprocessing = Preprocessing(size=SIZE)
     decision = Decision(slope=1.0, intercept=0.0, threshold=0.5, prevalence=0.1)
     inputs = Inputs(modalities=list(modalities), size=SIZE, positive="finding", negative="none")
-    (folder / "model.onnx").write_bytes(_network(weight))
+    (folder / "model.onnx").write_bytes(network(weight))
     for name, value in (("preprocessing", preprocessing), ("decision", decision), ("inputs", inputs)):
         (folder / f"{name}.json").write_bytes(msgspec.json.encode(value))
     digest = hashlib.sha256(f"{weight}{modalities}".encode()).hexdigest()
@@ -54,7 +55,7 @@ def build(folder: Path, *, weight: float = 4.0, key: bytes = KEY, modalities: tu
     return digest
 
 
-def _network(weight: float) -> bytes:
+def network(weight: float) -> bytes:
     nodes = [
         helper.make_node("Flatten", ["image"], ["flat"], axis=1),
         helper.make_node("MatMul", ["flat", "w"], ["product"]),
@@ -89,7 +90,8 @@ def dicom(
     ds: Dataset = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
     ds.SOPClassUID, ds.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
     ds.StudyInstanceUID, ds.SeriesInstanceUID = f"1.2.826.0.1.3680043.2.2.{number + 1}", "1.2.826.0.1.3680043.2.3"
-    ds.PatientID, ds.PatientName, ds.Modality = patient, CANARY_NAME, modality
+    ds.PatientID, ds.PatientName = patient, CANARY_NAME
+    ds[0x00080060] = DataElement(0x00080060, "CS", modality, validation_mode=config.IGNORE)
     ds.PatientSex, ds.PatientAge, ds.Manufacturer, ds.ViewPosition = "F", "095Y", "Acme", "PA"
     ds.AccessionNumber = "ACC5550123"
     if issuer is not None:

@@ -83,6 +83,7 @@ def develop(settings: Settings) -> Pipeline:
         task=settings.task.name,
         intended_use=settings.task.intended_use,
         modalities=list(settings.accept.modalities),
+        gates_config=settings.gates,
     ).package
     b.add(
         d.register,

@@ -118,11 +118,10 @@ class Alerts(_Section):
 
 
 class Mlflow(_Section):
-    """Tracking and registry. Empty: SQLite and a folder in the project."""
+    """Tracking and registry, one experiment a task. Empty: SQLite and a folder in the project."""
 
     uri: str = ""
     artifacts: str = ""
-    experiment: str = ""
 
 
 class Settings(_Section):
@@ -133,7 +132,6 @@ class Settings(_Section):
     ingest: Ingest = Ingest()
     deidentify: Deidentify = Deidentify()
     accept: Accept = Accept()
-    quality: dict[str, Any] = {}
     preprocess: dict[str, Any] = {}
     split: Split = Split()
     train: dict[str, Any] = {}

@@ -293,10 +293,12 @@ class Instances(Database):
 
 
 def instance(row: RowMapping) -> Instance:
+    """A row of `instances` as its struct."""
     return as_struct(row, Instance)
 
 
 def chunks(values: Iterable[T], size: int = CHUNK) -> Iterator[list[T]]:
+    """`values` in lists of at most `size`, short enough for one statement."""
     listed = list(values)
     return (listed[start : start + size] for start in range(0, len(listed), size))
 

@@ -237,9 +237,10 @@ def _flag(connection: Connection, table: Any, digest: str, flag: str, sop_uids: 
 def _flag_moved_meanwhile(connection: Connection, digest: str) -> None:
     """A revision may have moved an instance to another patient while the version was being built."""
     member, instance = schema.dataset_members, schema.instances
-    latest = select(func.max(instance.c.revision)).where(instance.c.sop_uid == member.c.sop_uid).scalar_subquery()
+    other = schema.instances.alias()
+    latest = select(func.max(other.c.revision)).where(other.c.sop_uid == member.c.sop_uid).scalar_subquery()
     joined = (instance.c.sop_uid == member.c.sop_uid) & (instance.c.revision == latest)
-    query = select(member.c.sop_uid).join(instance, joined)
+    query = select(member.c.sop_uid).select_from(member).join(instance, joined)
     query = query.where(member.c.digest == digest, instance.c.patient != member.c.patient)
     moved = set(connection.execute(query).scalars())
     if moved:

@@ -93,6 +93,8 @@ class Recorded(StrEnum):
 
 
 class QuarantineState(StrEnum):
+    """Where an entry of the quarantine stands; all but `held` were decided by a person or by a newer revision."""
+
     HELD = "held"
     RETRIED = "retried"
     RELEASED = "released"

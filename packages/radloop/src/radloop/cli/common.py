@@ -37,7 +37,7 @@ def command(app: typer.Typer, name: str, *, examples: tuple[str, ...], after: st
         said = inspect.cleandoc(function.__doc__ or "")
         shown = "\n".join(f"  {line}" for line in examples)
         text = f"{said}\n\n\b\nExample:\n{shown}\n\n\b\nNext:\n  {after}"
-        app.command(name, help=text, short_help=said.splitlines()[0].rstrip("."), **options)(function)
+        app.command(name, help=text, short_help=said.splitlines()[0].split(". ")[0].rstrip("."), **options)(function)
         return function
 
     return register

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
 from radloop.cli import output
 from radloop.cli.common import HERE, Json, Project, command, group, settings_at
+from radloop.errors import DefinitionError
 
 
 class SchemaName(StrEnum):
@@ -62,9 +63,11 @@ def register(app: typer.Typer) -> None:
 
         Secrets stand in it as references, never as values.
         """
-        from radloop.cli.loop import pipeline_of
+        from radloop.loop import PIPELINES
 
-        sys.stdout.buffer.write(pipeline_of(pipeline, settings_at(project)).to_json())
+        if pipeline not in PIPELINES:
+            raise DefinitionError(f"there is no pipeline {pipeline!r}", expected=", ".join(PIPELINES), got=pipeline)
+        sys.stdout.buffer.write(PIPELINES[pipeline](settings_at(project)).to_json())
         sys.stdout.flush()
 
     @command(
@@ -89,10 +92,7 @@ def register(app: typer.Typer) -> None:
 
 def write_report(project: Path) -> Path:
     """Collect what the report shows, write it whole, and return its path."""
-    from radloop.monitoring.report import write
+    from radloop.monitoring.report import ReportData, write
     from radloop.stages.report import build
 
-    path = project.resolve() / "reports" / "report.html"
-    path.parent.mkdir(exist_ok=True)
-    write(build(project), path)
-    return path
+    return write(cast(ReportData, build(project)), project.resolve() / "reports" / "report.html")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import msgspec
 
@@ -18,7 +19,7 @@ from radloop.settings import secret
 @contextmanager
 def ending_with(stop: Callable[[], None]) -> Iterator[None]:
     """Call `stop` on SIGINT and SIGTERM instead of dying; a second signal, if that hangs, ends the process."""
-    before = {}
+    before: dict[int, Any] = {}
 
     def handle(number: int, frame: FrameType | None) -> None:
         del frame

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -71,7 +71,7 @@ def register(app: typer.Typer) -> None:
         check_code(site, "--site")
         with landing_at(project) as landing, output.progress("ingest") as progress:
             report = landing.receive_folder(folder, site=site, progress=progress)
-        _say_report(report, json=json, empty_is="no file was new")
+        _say_report({"files": report.files}, report.outcomes, report.reasons, json=json, empty_is="no file was new")
 
     @command(
         app,
@@ -90,13 +90,21 @@ def register(app: typer.Typer) -> None:
         modality: Annotated[str, typer.Option("--modality", help="What the images are: DX, CR, CT, ...")],
         patient: Annotated[str, typer.Option("--patient", metavar="COLUMN", help="Column with the patient's key.")],
         file: Annotated[str, typer.Option("--file", metavar="COLUMN", help="Column with the image's path.")] = "file",
-        study: Annotated[str | None, typer.Option("--study", metavar="COLUMN", help="Column with a study's key.")] = None,
-        age: Annotated[str | None, typer.Option("--age", metavar="COLUMN", help="Column with the age in years.")] = None,
-        sex: Annotated[str | None, typer.Option("--sex", metavar="COLUMN", help="Column with the sex (M, F, O).")] = None,
+        study: Annotated[
+            str | None, typer.Option("--study", metavar="COLUMN", help="Column with a study's key.")
+        ] = None,
+        age: Annotated[
+            str | None, typer.Option("--age", metavar="COLUMN", help="Column with the age in years.")
+        ] = None,
+        sex: Annotated[
+            str | None, typer.Option("--sex", metavar="COLUMN", help="Column with the sex (M, F, O).")
+        ] = None,
         view: Annotated[
             str | None, typer.Option("--view", metavar="COLUMN", help="Column with the view position (PA, AP, ...).")
         ] = None,
-        site: Annotated[str, typer.Option("--site", metavar="CODE", help="Code of the site the images come from.")] = "import",
+        site: Annotated[
+            str, typer.Option("--site", metavar="CODE", help="Code of the site the images come from.")
+        ] = "import",
         project: Project = HERE,
         json: Json = False,
     ) -> None:
@@ -107,13 +115,17 @@ def register(app: typer.Typer) -> None:
         """
         settings_at(project)
         check_code(site, "--site")
-        columns = {"patient": patient, "file": file, "study": study, "age": age, "sex": sex, "view": view}
-        chosen = {name: column for name, column in columns.items() if column is not None}
+        from radloop.dicom.wrap import Columns, wrap_folder
+
+        columns = Columns(file=file, patient=patient, study=study, sex=sex, age=age, view=view)
         with landing_at(project) as landing, output.progress("import") as progress:
-            report = wrap_and_receive(
-                landing, folder, manifest, modality=modality, site=site, columns=chosen, progress=progress
+            report = wrap_folder(
+                landing, folder, manifest, modality=modality, site=site, columns=columns, progress=progress
             )
-        _say_report(report, json=json, empty_is="no image was new")
+        if report.files_without_row:
+            output.say(f"{output.plural(report.files_without_row, 'image')} in the folder have no row in the manifest")
+        files = {"files": report.rows, "files_without_row": report.files_without_row}
+        _say_report(files, report.outcomes, report.reasons, json=json, empty_is="no image was new")
 
 
 @contextmanager
@@ -164,7 +176,7 @@ def listen_until_stopped(
             listener.stop(grace_s=_DRAIN_S)
             landing.seal(actor="listen")
     if json:
-        output.print_json({"ended": True, "counts": listener.counts})
+        output.print_json({"ended": True, "host": settings.listen.host, "port": bound, "counts": listener.counts})
     else:
         print(f"radloop listen: ended; {output.counts_line(listener.counts)}")
 
@@ -195,32 +207,17 @@ def _watch(listener: Listener, stop: threading.Event, *, quiet: bool) -> None:
         before = now
 
 
-def _say_report(report: Any, *, json: bool, empty_is: str) -> None:
-    """A `FolderReport`: files, outcomes and reasons."""
+def _say_report(
+    files: dict[str, int], outcomes: dict[str, int], reasons: dict[str, int], *, json: bool, empty_is: str
+) -> None:
+    """What became of a folder: how many files, by outcome, and by reason of quarantine."""
     if json:
-        output.print_json({"files": report.files, "outcomes": report.outcomes, "reasons": report.reasons})
+        output.print_json({**files, "outcomes": outcomes, "reasons": reasons})
         return
-    print(f"{output.plural(report.files, 'file')}: {output.counts_line(report.outcomes)}")
-    refused = sum(report.reasons.values())
-    if refused:
-        print(f"In quarantine: {output.counts_line(report.reasons)}\nNext: radloop quarantine list")
-    elif not report.outcomes.get("new") and not report.outcomes.get("revision"):
+    print(f"{output.plural(files['files'], 'file')}: {output.counts_line(outcomes)}")
+    if reasons:
+        print(f"In quarantine: {output.counts_line(reasons)}\nNext: radloop quarantine list")
+    elif not outcomes.get("new") and not outcomes.get("revision"):
         print(empty_is)
     else:
         print("Next: radloop run prepare")
-
-
-def wrap_and_receive(
-    landing: Landing,
-    folder: Path,
-    manifest: Path,
-    *,
-    modality: str,
-    site: str,
-    columns: dict[str, str],
-    progress: output.Progress,
-) -> Any:
-    """Wrap each image of a manifest and receive it; a `FolderReport`."""
-    from radloop.dicom.wrap import import_images
-
-    return import_images(landing, folder, manifest, modality=modality, site=site, columns=columns, progress=progress)

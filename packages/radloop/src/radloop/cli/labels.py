@@ -54,10 +54,16 @@ def register(app: typer.Typer) -> None:
         after="`radloop labels status`, then `radloop run prepare`: changed labels make a new dataset version.",
     )
     def import_(
-        file: Annotated[Path, typer.Argument(help="CSV (comma, semicolon or tab; UTF-8) or Parquet.", exists=True, dir_okay=False)],
-        key: Annotated[Key, typer.Option("--key", help="What the key column holds; identifiers of the original images.")],
+        file: Annotated[
+            Path, typer.Argument(help="CSV (comma, semicolon or tab; UTF-8) or Parquet.", exists=True, dir_okay=False)
+        ],
+        key: Annotated[
+            Key, typer.Option("--key", help="What the key column holds; identifiers of the original images.")
+        ],
         key_column: Annotated[str, typer.Option("--key-column", metavar="NAME", help="The column with the keys.")],
-        value_column: Annotated[str, typer.Option("--value-column", metavar="NAME", help="The column with the values.")],
+        value_column: Annotated[
+            str, typer.Option("--value-column", metavar="NAME", help="The column with the values.")
+        ],
         task: Annotated[
             str | None,
             typer.Option("--task", help="Another task, whose values are kept as they are.", show_default="[task] name"),
@@ -105,9 +111,7 @@ def register(app: typer.Typer) -> None:
         after="`radloop labels import FILE ...` brings more.",
     )
     def status(
-        task: Annotated[
-            str | None, typer.Option("--task", help="Another task.", show_default="[task] name")
-        ] = None,
+        task: Annotated[str | None, typer.Option("--task", help="Another task.", show_default="[task] name")] = None,
         project: Project = HERE,
         json: Json = False,
     ) -> None:
@@ -256,9 +260,7 @@ def _parquet_rows(file: Path, columns: list[str]) -> Iterator[Row]:
         _places(pq.read_schema(file).names, columns)
         table = pq.read_table(file, columns=columns)
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(
-            "the label file is no Parquet", expected="CSV or Parquet", got=type(error).__name__
-        ) from None
+        raise DataError("the label file is no Parquet", expected="CSV or Parquet", got=type(error).__name__) from None
     pairs = zip(table[columns[0]].to_pylist(), table[columns[1]].to_pylist(), strict=True)
     for number, (key, value) in enumerate(pairs, 1):
         yield number, _text(key, columns[0]), _text(value, columns[1])

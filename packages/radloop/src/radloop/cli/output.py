@@ -52,7 +52,12 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*("" if value is None else str(value) for value in row))
-    console().print(table)
+    if sys.stdout.isatty():
+        console().print(table)
+        return
+    with (shown := console()).capture() as captured:
+        shown.print(table)
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 def print_pairs(title: str, pairs: Iterable[tuple[str, object]]) -> None:

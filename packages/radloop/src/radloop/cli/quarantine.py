@@ -75,7 +75,9 @@ def register(app: typer.Typer) -> None:
         if json:
             output.print_json({"counts": counts, "entries": [_plain(row) for row in rows]})
             return
-        output.print_table("Quarantine", ["entries", "reason", "meaning"], [(n, r, MEANING[r]) for r, n in counts.items()])
+        output.print_table(
+            "Quarantine", ["entries", "reason", "meaning"], [(n, r, MEANING[r]) for r, n in counts.items()]
+        )
         if rows:
             columns = ["id", "reason", "stage", "site", "since", "state", "instance"]
             lines = [
@@ -177,9 +179,7 @@ def register(app: typer.Typer) -> None:
         _decide(project, [entry], by, json, remove)
 
 
-def _decide(
-    project: Any, ids: list[int], by: str | None, json: bool, act: Callable[[Landing, int, str], str]
-) -> None:
+def _decide(project: Any, ids: list[int], by: str | None, json: bool, act: Callable[[Landing, int, str], str]) -> None:
     """Do one thing to each entry; those for which it fails are named, and the exit code is 1."""
     from radloop.cli.intake import landing_at
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -138,16 +139,19 @@ def serve_until_stopped(
             host=host,
         )
 
-        def ready(bound: int) -> None:
-            stack.enter_context(announced(ready_file, host, bound))
-            if json:
-                output.print_json({"host": host, "port": bound})
-            else:
-                print(f"radloop serve: http://{host}:{bound} (Open Inference Protocol v2); Ctrl-C ends it", flush=True)
+        bound = [0]
+
+        def ready(at: int) -> None:
+            bound[0] = at
+            stack.enter_context(announced(ready_file, host, at))
+            line = f"radloop serve: http://{host}:{at} (Open Inference Protocol v2); Ctrl-C ends it"
+            print(line, file=sys.stderr if json else sys.stdout, flush=True)
 
         with ending_with(supervisor.stop):
             supervisor.run(on_ready=ready)
-    if not json:
+    if json:
+        output.print_json({"ended": True, "host": host, "port": bound[0]})
+    else:
         print("radloop serve: ended")
 
 
@@ -202,7 +206,7 @@ def roll_back(project: Path, catalog: Catalog, *, to: str | None, why: str, by: 
     if serving:
         with output.progress("roll back") as progress:
             wait_for(project, generation, progress=progress)
-    moved = _move_alias(project, now) if now is not None and now != before.champion else ""
+    moved = _move_alias(project, now) if now is not None and (to or now != before.champion) else ""
     return {
         **payload,
         "model_digest": now.model_digest if now else None,
@@ -215,7 +219,7 @@ def _state_of(project: Path, catalog: Catalog, version: str) -> State:
     """The state that serves a version that was promoted once.
 
     Raises:
-        ServingError: it never was champion, is it already, or its package is gone.
+        ServingError: it never was champion, or its package is gone.
     """
     from radloop.serving.desired import Desired, Models, State, desired
 
@@ -230,8 +234,8 @@ def _state_of(project: Path, catalog: Catalog, version: str) -> State:
             next_step="only what passed the gates and a release can be rolled back to: radloop run release",
         )
     digest = digests[version]
-    if now.champion is not None and now.champion.model_digest == digest:
-        raise ServingError(f"version {version} is the champion already", next_step="radloop status")
+    if now.champion is not None and now.champion.model_digest == digest:  # a rollback that was interrupted ends here
+        return State(models=Models(champion=now.champion, previous=now.previous))
     known = [ref for ref in (now.previous, now.challenger) if ref is not None and ref.model_digest == digest]
     return State(models=Models(champion=known[0] if known else _find_package(project, digest, version)))
 
@@ -255,15 +259,17 @@ def _find_package(project: Path, digest: str, version: str) -> ModelRef:
 
 def _move_alias(project: Path, now: ModelRef) -> str:
     """Point the registry's champion at the model; what to add to the message if that fails. Serving does not wait for it."""
+    import msgspec
+
     from radloop.stages.project import open_tracking
 
     try:
-        tracking = open_tracking(project)
-        tracking.set_alias("champion", now.version)
+        told = msgspec.json.decode((project / now.package / "identity.json").read_bytes(), type=dict[str, str])
+        open_tracking(project).set_alias(told["task"], "champion", int(now.version))
     except (RadloopError, OSError) as error:
         return (
-            f"\nThe registry was not told ({type(error).__name__}): once it answers, move its alias 'champion' to "
-            f"version {now.version}, or run `radloop rollback --to {now.version}` again"
+            f"\nThe registry was not told ({type(error).__name__}): once it answers, run "
+            f"`radloop rollback --to {now.version}` again"
         )
     return ""
 
@@ -272,6 +278,8 @@ def _say_rolled_back(
     challenger: ModelRef | None, before: ModelRef | None, now: ModelRef | None, *, serving: bool
 ) -> str:
     when = "" if serving else "; it takes effect when `radloop serve` starts"
+    if now == before and challenger is None:
+        return f"version {_version(now)} is the champion already{when}"
     if now == before:
         said = f"the challenger, version {_version(challenger)}, was taken out; the champion is version {_version(now)}"
         return f"{said}{when}\nNext: run `radloop rollback` again to go back to the champion before"

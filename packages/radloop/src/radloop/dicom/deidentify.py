@@ -20,7 +20,6 @@ from typing import Any, NoReturn
 
 import msgspec
 import pydicom
-from pydicom import config
 from pydicom._dicom_dict import DicomDictionary
 from pydicom.datadict import keyword_for_tag
 from pydicom.dataelem import DataElement, RawDataElement
@@ -36,9 +35,6 @@ from radloop.dicom.profile import PUBLIC_SCHEMES, TEXT_VRS, Action, Profile, ima
 from radloop.dicom.tags import describe
 from radloop.dicom.uids import Pseudonymiser
 from radloop.errors import DicomError, PhiError
-
-# pydicom's validation quotes values in its warnings and log records, and values here are PHI.
-config.settings.reading_validation_mode = config.IGNORE
 
 IMPLEMENTATION_CLASS_UID = "2.25.137040963726250685507015692927111798080"
 IMPLEMENTATION_VERSION_NAME = "RADLOOP_1"
@@ -252,9 +248,11 @@ class _Items:
     def clean(self, source: Dataset, parent: str) -> Dataset:
         """A cleaned copy of a data set or sequence item; `parent` is the keyword of the enclosing sequence."""
         out = Dataset()
-        out.set_original_encoding(self.syntax.is_implicit_VR, self.syntax.is_little_endian, out._character_set)
-        # An item's raw bytes are in the file's byte order only if it was read from a file in this transfer syntax.
-        native = source.original_encoding == (self.syntax.is_implicit_VR, self.syntax.is_little_endian)
+        # Raw elements may be written as they are only if they were read in this transfer syntax.
+        encoding = (self.syntax.is_implicit_VR, self.syntax.is_little_endian)
+        native = source.original_encoding == encoding
+        if native:
+            out.set_original_encoding(*encoding, out._character_set)
         public = _is_public_code(source)
         for tag in list(source.keys()):
             new = self._element(source, tag, parent, native, public)

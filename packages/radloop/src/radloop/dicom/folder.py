@@ -122,6 +122,6 @@ def site_for(path: str, site_of: SiteOf) -> str:
 
 
 def _count(outcome: Outcome, outcomes: Counter[str], reasons: Counter[str]) -> None:
-    outcomes[outcome.kind] += 1
+    outcomes[str(outcome.kind)] += 1
     if outcome.reason is not None:
-        reasons[outcome.reason] += 1
+        reasons[str(outcome.reason)] += 1

@@ -24,10 +24,23 @@ from pydicom.values import convert_value
 from radloop.catalog.schema import Reason
 from radloop.errors import DicomError
 
-_KEYWORDS = (
-    "SpecificCharacterSet SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID PatientID IssuerOfPatientID "
-    "AccessionNumber Modality Rows Columns SamplesPerPixel NumberOfFrames BitsAllocated PhotometricInterpretation"
-).split()
+_KEYWORDS = [
+    "SpecificCharacterSet",
+    "SOPClassUID",
+    "SOPInstanceUID",
+    "StudyInstanceUID",
+    "SeriesInstanceUID",
+    "PatientID",
+    "IssuerOfPatientID",
+    "AccessionNumber",
+    "Modality",
+    "Rows",
+    "Columns",
+    "SamplesPerPixel",
+    "NumberOfFrames",
+    "BitsAllocated",
+    "PhotometricInterpretation",
+]
 _DICOMDIR = "1.2.840.10008.1.3.10"
 _VIDEO_FROM = "1.2.840.10008.1.2.4.10"  # MPEG2, MPEG-4 AVC, HEVC: one stream for all frames
 _UID = re.compile(r"[0-9]+(\.[0-9]+)+")
@@ -79,13 +92,13 @@ def read_header(data: bytes) -> Header:
     if not preamble and not _looks_like_a_dataset(data):
         raise _refuse(Reason.NOT_DICOM, "no DICM prefix, and does not begin with a DICOM element")
     try:
-        dataset = pydicom.dcmread(BytesIO(data), stop_before_pixels=True, specific_tags=list(_KEYWORDS), force=True)
+        dataset = pydicom.dcmread(BytesIO(data), stop_before_pixels=True, specific_tags=_KEYWORDS, force=True)
         meta_class = str(dataset.file_meta.get("MediaStorageSOPClassUID", "") or "")
         syntax = str(dataset.file_meta.get("TransferSyntaxUID", "") or "")
         values = {keyword: _value(dataset, keyword) for keyword in _KEYWORDS}
     except zlib.error:
         raise _refuse(Reason.TRUNCATED, "the deflated data set ends early") from None
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - pydicom raises many kinds on broken input
         if preamble and _is_cut(data):
             raise _refuse(Reason.TRUNCATED, "the file ends within its header") from None
         raise _refuse(Reason.NOT_DICOM, f"cannot be read as DICOM ({type(error).__name__})") from None

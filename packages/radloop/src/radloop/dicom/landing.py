@@ -16,7 +16,8 @@ import fcntl
 import hashlib
 import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -44,6 +45,7 @@ from radloop.errors import DataError, DicomError
 
 STAGE = "landing"
 _MINE = "radloop landing"
+_SYNC_TOGETHER = 8
 
 
 class OutcomeKind(StrEnum):
@@ -205,7 +207,7 @@ class Landing:
             self.landed(item.sha256) if item.row is not None else self.quarantined(item.sha256): item.arrival.data
             for item in items
         }
-        write_durably(targets, root=self.home)
+        write_durably(targets)
 
     def _register(self, items: Sequence[_Item]) -> None:
         accepted = [(item, item.row) for item in items if item.row is not None]
@@ -222,16 +224,16 @@ class Landing:
                 item.outcome = Outcome(OutcomeKind.QUARANTINED, item.sop_uid, reason, item.sha256)
 
     def _quarantine_conflict(self, item: _Item, row: InstanceRow) -> None:
-        write_durably({self.quarantined(item.sha256): item.arrival.data}, root=self.home)
+        write_durably({self.quarantined(item.sha256): item.arrival.data})
         detail = "the SOPInstanceUID is known with other pixels, or with pixels that could not be decoded to compare"
         self._hold(item, Reason.UID_CONFLICT, detail)
         if self._catalog.known(item.sha256, row.key_id) is None:
             self.landed(item.sha256).unlink(missing_ok=True)
         item.outcome = Outcome(OutcomeKind.CONFLICT, row.sop_uid, Reason.UID_CONFLICT, item.sha256)
 
-    def _hold(self, item: _Item, reason: Reason, detail: str) -> None:
+    def _hold(self, item: _Item, reason: Reason, detail: str, *, stage: str = STAGE) -> None:
         self._catalog.quarantine(
-            stage=STAGE,
+            stage=stage,
             reason=reason,
             detail=detail,
             source_sha256=item.sha256,
@@ -264,6 +266,15 @@ class Landing:
             yield
         finally:
             os.close(handle)
+
+    def keep_refused(self, arrivals: Sequence[tuple[Arrival, Reason, str]], *, stage: str) -> None:
+        """Keep bytes that were refused before they became DICOM: (arrival, reason, detail without PHI)."""
+        with self._lock(fcntl.LOCK_SH):
+            items = [(_Item(a, hashlib.sha256(a.data).hexdigest()), reason, detail) for a, reason, detail in arrivals]
+            self._crosswalk.put_many(entry for item, _, _ in items for entry in _entries(item))
+            self._write_files([item for item, _, _ in items])
+            for item, reason, detail in items:
+                self._hold(item, reason, detail, stage=stage)
 
     def receive_folder(
         self,
@@ -319,6 +330,11 @@ class Landing:
             DataError: no such entry, it is not held, or its bytes are gone.
         """
         row = self._held(quarantine_id)
+        if row.revision is None and row.stage != STAGE:
+            raise DataError(
+                f"quarantine entry {row.id} holds no DICOM",
+                next_step=f"correct the file and run `radloop {row.stage}` again, then purge this entry",
+            )
         if row.revision is not None:
             self._catalog.settle(row.id, QuarantineState.RETRIED, by=by, outcome="received")
             return Outcome(OutcomeKind.SAME, row.sop_uid, None, row.source_sha256)
@@ -395,7 +411,7 @@ class Landing:
         return _arrival(path.read_bytes(), source)
 
 
-def write_durably(files: dict[Path, bytes], *, root: Path) -> None:
+def write_durably(files: dict[Path, bytes]) -> None:
     """Write files whole and for good: temporary name, fsync, rename, then fsync of every folder that changed.
 
     Folders are made 0700, files 0600. A file that is there already is left: its name says what is in it.
@@ -403,34 +419,49 @@ def write_durably(files: dict[Path, bytes], *, root: Path) -> None:
     Raises:
         StorageFull: no space left; no temporary file is left behind.
     """
-    folders: set[Path] = set()
+    folders = {target.parent for target in files}
+    temporary: dict[Path, Path] = {}
     with storage_errors(STAGE):
-        for target, data in files.items():
-            if not target.parent.is_dir():
-                target.parent.mkdir(mode=0o700, exist_ok=True)
-                folders.add(target.parent.parent)
-            folders.add(target.parent)
-            if not target.exists():
-                _write_one(target, data)
         for folder in sorted(folders):
-            handle = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            if not folder.is_dir():
+                folder.mkdir(mode=0o700, exist_ok=True)
+                folders |= {folder.parent}
+        try:
+            for target, data in files.items():
+                if not target.exists():
+                    temporary[target] = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.tmp")
+                    _write(temporary[target], data)
+            _fsync(temporary.values())
+            for target, written in temporary.items():
+                written.rename(target)
+            _fsync(folders)
+        except BaseException:
+            for written in temporary.values():
+                written.unlink(missing_ok=True)
+            raise
 
 
-def _write_one(target: Path, data: bytes) -> None:
-    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.tmp")
-    try:
-        with os.fdopen(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.rename(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def _write(path: Path, data: bytes) -> None:
+    with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as handle:
+        handle.write(data)
+
+
+def _fsync(paths: Collection[Path]) -> None:
+    """Flush files and folders; many at once, since the file system then commits them together."""
+
+    def flush(path: Path) -> None:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    if len(paths) < _SYNC_TOGETHER:
+        for path in paths:
+            flush(path)
+        return
+    with ThreadPoolExecutor(_SYNC_TOGETHER) as pool:
+        list(pool.map(flush, paths))
 
 
 def _arrival(data: bytes, source: dict[str, str]) -> Arrival:

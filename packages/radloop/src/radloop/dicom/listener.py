@@ -143,7 +143,7 @@ class Listener:
             LOG.error("no space left: an instance from %s was refused", sender)
             self._count("failed")
             return OUT_OF_RESOURCES
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the peer is told, and may send it again
             LOG.error("an instance from %s could not be kept: %s", sender, type(error).__name__)
             self._count("failed")
             return CANNOT_UNDERSTAND

@@ -37,6 +37,7 @@ _MIN_WORD = 4
 _MIN_RUN = 6
 _WORD = re.compile(r"[^\W_]+")
 _RUNS = re.compile(r"[^\W\d_]+|\d+")
+_CODE_STRING = re.compile(r"[A-Z0-9 _]{0,16}")
 _PSEUDONYM = re.compile(r"[PAF][0-9a-f]{32}")
 _TRANSLITERATED = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue", "ø": "oe", "å": "aa", "æ": "ae", "œ": "oe"})
 
@@ -203,6 +204,8 @@ def _leaks(tag: BaseTag, vr: str, ds: Dataset, path: str, needles: _Needles, day
         return True
     if vr in TEXT_VRS:
         return _in_attribute(keyword, ds, tag, needles)
+    if vr == "CS":  # a value outside the repertoire of code strings (PS3.5 table 6.2-1) is text
+        return any(not _CODE_STRING.fullmatch(v) and _in_text(v, needles) for v in _strings(ds, tag))
     if vr in ("UN", "OB") and keyword != "PixelData":
         value = ds[tag].value
         return isinstance(value, bytes) and any(_in_text(text, needles) for text in _decodings(value))
@@ -312,23 +315,34 @@ def codestream_texts(ds: Dataset) -> Iterator[str]:
         tail = value[_native_bytes(ds) :]
         yield from _decodings(tail) if len(tail) > 1 else ()
         return
+    if syntax == "1.2.840.10008.1.2.5":
+        return  # RLE has no place for text
+    jpeg2000 = str(syntax).split(".")[-1] in ("90", "91", "92", "93", "201", "202", "203")
     for fragment in generate_fragments(value):
-        for segment in _segments(fragment):
+        for segment in _jpeg2000_texts(fragment) if jpeg2000 else _jpeg_texts(fragment):
             yield from _decodings(segment)
 
 
-def _segments(fragment: bytes) -> Iterator[bytes]:
-    start = fragment.find(b"\xff\x4f\xff\x51")  # SOC, SIZ: JPEG 2000, perhaps in a JP2 file with boxes before it
-    if start >= 0:
+def _jpeg_texts(fragment: bytes) -> Iterator[bytes]:
+    for match in _JPEG_SEGMENT.finditer(fragment):
+        yield _segment(fragment, match.start())
+    yield from _trailer(fragment)
+
+
+def _jpeg2000_texts(fragment: bytes) -> Iterator[bytes]:
+    start = max(fragment.find(b"\xff\x4f\xff\x51"), 0)  # SOC, SIZ; before them, in a JP2 file, are boxes
+    if start:
         yield fragment[:start]
-        header = fragment[start : fragment.find(b"\xff\x93", start) + 1 or None]
-        for match in re.finditer(rb"\xff\x64", header):
-            yield _segment(header, match.start())
-    elif fragment[:2] == b"\xff\xd8":
-        for match in _JPEG_SEGMENT.finditer(fragment):
-            yield _segment(fragment, match.start())
+    header = fragment[start : fragment.find(b"\xff\x93", start) + 1 or None]
+    for match in re.finditer(rb"\xff\x64", header):
+        yield _segment(header, match.start())
+    yield from _trailer(fragment)
+
+
+def _trailer(fragment: bytes) -> Iterator[bytes]:
+    """What follows the end marker (EOI, EOC: FFD9) but for a padding byte."""
     end = fragment.rfind(b"\xff\xd9")
-    if end >= 0 and len(fragment) - end > 3:
+    if 0 <= end < len(fragment) - 3:
         yield fragment[end + 2 :]
 
 

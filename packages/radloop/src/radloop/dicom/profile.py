@@ -247,7 +247,11 @@ def _action(profile: Profile, tag: int, vr: str, iod: str, parent: str) -> Actio
     if entry is None or group % 2 or group in (0x0000, 0x0002, 0x0004) or element == 0:
         return Action.REMOVE
     keyword = entry[4]
-    if keyword in REMOVED_SEQUENCES or keyword == "SpecificCharacterSet" or not _vr_fits(vr, entry[0]):
+    if (
+        keyword in REMOVED_SEQUENCES
+        or keyword in ("SpecificCharacterSet", "OtherStudyNumbers")
+        or not _vr_fits(vr, entry[0])
+    ):
         return Action.REMOVE
     row = table().get(tag)
     if row is None:

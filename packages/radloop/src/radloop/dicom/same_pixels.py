@@ -8,9 +8,15 @@ from typing import Any
 import pydicom
 
 _DESCRIBING = (
-    "Rows Columns SamplesPerPixel NumberOfFrames BitsAllocated PixelRepresentation PhotometricInterpretation "
-    "PlanarConfiguration"
-).split()
+    "Rows",
+    "Columns",
+    "SamplesPerPixel",
+    "NumberOfFrames",
+    "BitsAllocated",
+    "PixelRepresentation",
+    "PhotometricInterpretation",
+    "PlanarConfiguration",
+)
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 
 
@@ -26,7 +32,7 @@ def same_pixels(a: Path, b: Path) -> bool:
         if not all(with_pixels):
             return not any(with_pixels)
         return _encoded(first) == _encoded(second) or _decoded_equal(first, second)
-    except Exception:  # decoders raise whatever they like
+    except Exception:  # noqa: BLE001 - decoders raise whatever they like
         return False
 
 

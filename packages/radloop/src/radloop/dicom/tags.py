@@ -6,7 +6,12 @@ import math
 import re
 from typing import Any
 
+from pydicom import config
 from pydicom.dataset import Dataset
+
+# pydicom's validation quotes values in its warnings and log records, and values here are PHI. Every module of this
+# room that reads values imports this one.
+config.settings.reading_validation_mode = config.IGNORE
 
 _AGE = re.compile(r"(\d{1,3})([YMWD])")
 _DAYS = {"Y": 365.25, "M": 365.25 / 12, "W": 7.0, "D": 1.0}

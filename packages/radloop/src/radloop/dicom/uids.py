@@ -28,7 +28,7 @@ _PADDING = " \t\r\n\0"
 _PLACEHOLDERS = frozenset(
     str.split("""
     anon anonym anonymous anonymised anonymized anonymouspatient blank deid deidentified default dummy empty id
-    missing na nan nil no noid nomrn none noname nopatientid notavailable notgiven notknown null patient patientid
+    missing na nan nil nn no noid nomrn none noname nopatientid notavailable notgiven notknown null patient patientid
     phantom pid qa qc redacted removed tbd temp test testpatient tester testing undefined unidentified unk unknown
     unspecified void
     """)

@@ -1,4 +1,4 @@
-"""The model card (Mitchell et al., FAT* 2019): what the model is for, what it was shown, how well it did, where it ends."""
+"""The model card (Mitchell et al., FAT* 2019): what it is for, what it was shown, how well it did, where it ends."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from radloop.learning.package import Identity, Inputs
 from radloop.learning.statistics import Interval
 
 NOT_A_DEVICE = (
-    "This is not a medical device. It has no regulatory clearance. It must not be used to diagnose, to treat, or to decide "
-    "about the care of a person; whoever would change that carries out the conformity assessment that their law asks for."
+    "This is not a medical device. It has no regulatory clearance. It must not be used to diagnose, to treat, or to"
+    " decide about the care of a person; whoever would change that carries out the conformity assessment that their"
+    " law asks for."
 )
 LIMITS = (
     "Figures hold for the sites, scanners, ages and prevalence of the test part; elsewhere they are unknown.",

@@ -1,17 +1,20 @@
 """Experiments, runs, models and aliases in MLflow. The only module that imports it.
 
-Everything goes through `MlflowClient` with an explicit URI: MLflow's fluent functions keep the tracking server, the active
-run and the experiment in globals, which two pipelines in one process would share.
+Everything goes through `MlflowClient` with an explicit URI: MLflow's fluent functions keep the tracking server, the
+active run and the experiment in globals, which two pipelines in one process would share.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,11 +26,14 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 
-import mlflow.data
-import mlflow.pyfunc
+with warnings.catch_warnings():
+    # MLflow 3.17 warns about type hints of its own when it is imported.
+    warnings.filterwarnings("ignore", ".*Any type hint is inferred as AnyType", UserWarning)
+    import mlflow.pyfunc
+
 import pandas as pd
 from mlflow import MlflowClient
-from mlflow.entities import DatasetInput, InputTag, LoggedModelStatus, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema
@@ -42,7 +48,25 @@ SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec("binary", "dicom")]),
     outputs=Schema([ColSpec("double", "probability"), ColSpec("long", "decision")]),
 )
+_NOISE = (
+    ".*``noload`` loader strategy is deprecated",  # MLflow 3.17's store under SQLAlchemy 2.1
+    "Operation with range is deprecated",  # MLflow 3.17's examples under pandas 3.1
+)
+_TYPES = {"i": "long", "u": "long", "f": "double", "b": "boolean"}
 _PIXELS = ("pillow", "pyjpegls", "pylibjpeg-openjpeg", "python-gdcm")
+
+
+# A uv environment has no pip; that the conda.yaml nobody uses then names none is no news.
+logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings that MLflow raises about itself."""
+    with warnings.catch_warnings():
+        for text in _NOISE:
+            warnings.filterwarnings("ignore", text)
+        yield
 
 
 class DatasetVersion(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,8 +75,8 @@ class DatasetVersion(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         name, digest: the task or dataset's name and the manifest's digest.
         context: what for: training, validation, test.
-        rows: a small frame whose columns MLflow shows as the schema, such as sop_uid, part and label; not stored.
-        source: where it lies, as radloop names it.
+        rows: a frame of the instances, such as sop_uid, part and label: MLflow shows its columns and length, no value.
+        source: where it lies, as radloop names it, such as `datasets/DIGEST.parquet`.
     """
 
     name: str
@@ -77,8 +101,9 @@ class Tracking:
     def __init__(self, uri: str, artifact_root: Path | None, experiment: str) -> None:
         self.uri, self.experiment = uri, experiment
         try:
-            self._client = MlflowClient(uri, uri)
-            self.experiment_id = self._experiment(artifact_root)
+            with _quiet():
+                self._client = MlflowClient(uri, uri)
+                self.experiment_id = self._experiment(artifact_root)
         except (MlflowException, OSError) as error:
             raise EngineError(
                 "MLflow cannot be reached",
@@ -88,16 +113,15 @@ class Tracking:
             ) from error
 
     def _experiment(self, root: Path | None) -> str:
-        found = self._client.get_experiment_by_name(self.experiment)
-        if found is None:
-            location = None if root is None else root.resolve().as_uri()
-            try:
-                return str(self._client.create_experiment(self.experiment, artifact_location=location))
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-                found = self._client.get_experiment_by_name(self.experiment)
-        return str(found.experiment_id)
+        location = None if root is None else root.resolve().as_uri()
+        if (found := self._client.get_experiment_by_name(self.experiment)) is not None:
+            return str(found.experiment_id)
+        try:
+            return str(self._client.create_experiment(self.experiment, artifact_location=location))
+        except MlflowException as error:  # another process was first
+            if (found := self._client.get_experiment_by_name(self.experiment)) is None:
+                raise error
+            return str(found.experiment_id)
 
     def log_run(
         self,
@@ -159,8 +183,8 @@ class Tracking:
     def register(self, package: Path, *, name: str, run_id: str, tags: Mapping[str, str] | None = None) -> int:
         """Log a package as a model of a run and register it; returns the version's number.
 
-        The same package twice gives the same version. The model holds the package, radloop's wheel with it, a signature,
-        an example and pinned requirements: `pip install -r requirements.txt` in the model's folder, then
+        The same package twice gives the same version. The model holds the package, radloop's wheel with it, a
+        signature, an example and pinned requirements: `pip install -r requirements.txt` in the model's folder, then
         `mlflow.pyfunc.load_model`, needs no checkout.
         """
         client = self._client
@@ -222,12 +246,21 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _dataset_input(version: DatasetVersion) -> DatasetInput:
-    """MLflow keeps 36 characters of a digest; the whole one stands in a tag."""
-    dataset = mlflow.data.from_pandas(
-        version.rows, source=version.source, name=version.name, digest=version.digest[:36]
+    """What `mlflow.data.from_pandas` makes, without its guesses. MLflow keeps 36 characters of a digest, a tag all."""
+    columns = [
+        {"type": _TYPES.get(kind.kind, "string"), "name": str(name), "required": False}
+        for name, kind in version.rows.dtypes.items()
+    ]
+    dataset = Dataset(
+        name=version.name,
+        digest=version.digest[:36],
+        source_type="local",
+        source=msgspec.json.encode({"uri": version.source}).decode(),
+        schema=msgspec.json.encode({"mlflow_colspec": columns}).decode(),
+        profile=msgspec.json.encode({"num_rows": len(version.rows)}).decode(),
     )
     tags = [InputTag("mlflow.data.context", version.context), InputTag("radloop.dataset_digest", version.digest)]
-    return DatasetInput(dataset._to_mlflow_entity(), tags)
+    return DatasetInput(dataset, tags)
 
 
 def save(package: Path, path: Path, *, model_id: str | None = None, run_id: str | None = None) -> None:
@@ -236,7 +269,7 @@ def save(package: Path, path: Path, *, model_id: str | None = None, run_id: str 
 
     inputs = msgspec.json.decode((package / "inputs.json").read_bytes(), type=Inputs)
     (wheel,) = package.glob("radloop-*.whl")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _quiet():
         copy = shutil.copytree(package, Path(folder, "package"))
         mlflow.pyfunc.save_model(
             path=str(path),

@@ -77,7 +77,7 @@ def two_histograms(
         title: read aloud in place of the figure.
         numeric: whether bars touch and edges are labelled.
     """
-    width, height, base = 260, 120, 92
+    width, height, base = 200, 114, 90
     if not numeric and len(reference) > 6:  # the commonest categories; the rest would not be legible
         kept = sorted(range(len(reference)), key=lambda i: -max(reference[i], window[i]))[:6]
         bins, reference, window = ([values[i] for i in kept] for values in (bins, reference, window))  # type: ignore[assignment]
@@ -111,7 +111,7 @@ def flow(steps: Sequence[Mapping[str, Any]], ends: Sequence[Mapping[str, Any]], 
         title: read aloud in place of the figure.
     """
     columns = len(steps) + (1 if ends else 0)
-    width, height, top, tall, bar = 1000, 320, 52, 170, 12
+    width, height, top, tall, bar = 1000, 300, 52, 170, 12
     largest = max([float(s["count"]) for s in steps] + [1.0])
     gap = (width - 120 - bar) / max(1, columns - 1)
     at = [10 + i * gap for i in range(columns)]

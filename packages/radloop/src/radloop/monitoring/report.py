@@ -265,7 +265,15 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     made.filters.update(
-        n=_count, f=_figure, pct=_percent, ci=_interval, short=_short, when=_when, secs=_seconds, words=_words
+        n=_count,
+        f=_figure,
+        pct=_percent,
+        ci=_interval,
+        short=_short,
+        when=_when,
+        secs=_seconds,
+        words=_words,
+        label=_label,
     )
     made.globals.update(tone=views.tone)
     return made
@@ -312,8 +320,8 @@ def _figure(value: Any, digits: int = 3) -> str:
     return f"{value:.{digits}f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def _percent(value: Any, digits: int = 0) -> str:
-    return "–" if _absent(value) else f"{value:.{digits}%}".replace("%", " %")
+def _percent(value: Any) -> str:
+    return "–" if _absent(value) else f"{100 * value:.3g} %"
 
 
 def _interval(figure: Any, digits: int = 3) -> str:
@@ -343,6 +351,21 @@ def _seconds(value: Any) -> str:
         return f"{value:.1f} s"
     minutes, seconds = divmod(round(value), 60)
     return f"{minutes} min {seconds:02d} s"
+
+
+def _label(name: Any) -> str:
+    """An identifier of ours as a reader's word."""
+    known = {
+        "auc": "AUC",
+        "non_inferiority": "Non-inferiority",
+        "l_infty": "L-infinity",
+        "jensen_shannon_divergence": "Jensen-Shannon",
+        "ks_distance": "KS distance",
+        "auc_difference": "AUC difference",
+        "latency_p95_ratio": "Latency ratio (95th percentile)",
+    }
+    text = str(name) if name else "–"
+    return known.get(text, text.replace("_", " ").capitalize())
 
 
 def _words(value: Any) -> str:

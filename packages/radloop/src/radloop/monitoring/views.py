@@ -219,7 +219,8 @@ def _bar(figure: Plain | None) -> dict[str, float] | None:
 
 def _drift(drift: Plain) -> dict[str, Any]:
     """Features of the scopes that decided, the same feature before and after in one row, and the plots of the worst."""
-    shown = {when: _scope(drift.get(when) or {}) for when in ("before", "after")}
+    worst = _scope(drift.get("before") or {})
+    shown = {"before": worst, "after": _scope(drift.get("after") or {}, worst)}
     features: dict[str, dict[str, Any]] = {}
     for when, scope in shown.items():
         for feature in (scope or {}).get("features") or []:
@@ -236,10 +237,14 @@ def _drift(drift: Plain) -> dict[str, Any]:
     }
 
 
-def _scope(report: Plain) -> Plain | None:
-    """The scope to show in detail: of those that decided the one with the most drift."""
+def _scope(report: Plain, like: Plain | None = None) -> Plain | None:
+    """The scope to show in detail: the one shown before, else of those that decided the one with the most drift."""
     scopes = [scope for scope in report.get("scopes") or [] if scope.get("features")]
-    ranked = sorted(scopes, key=lambda s: (not s.get("decides"), -float(s.get("share_drifted") or 0)))
+    wanted = (like or {}).get("scope")
+    ranked = sorted(
+        scopes,
+        key=lambda s: (s.get("scope") != wanted, not s.get("decides"), -float(s.get("share_drifted") or 0)),
+    )
     return ranked[0] if ranked else None
 
 

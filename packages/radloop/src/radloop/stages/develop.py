@@ -126,15 +126,21 @@ def package(
     task: str = "finding",
     intended_use: str = "",
     modalities: list[str] = ["CR", "DX"],  # noqa: B006
+    gates_config: dict[str, Any] = {},  # noqa: B006
 ) -> None:
     """Export to ONNX, compare it with the network it came from, and put all that serving needs into one folder."""
     from radloop.datasets import manifest
     from radloop.datasets.tensors import TensorSet
+    from radloop.learning import card, gates
+    from radloop.learning import evaluate as measuring
     from radloop.learning import package as packaging
 
     table = manifest.read(dataset.file("manifest.parquet"))
     labelled = [row["sop_uid"] for row in table.to_pylist() if row["label"] is not None]
-    packaging.build(
+    inputs = packaging.Inputs(
+        modalities=modalities, size=preprocessing_of(tensors).size, positive=f"{task} present", negative=f"no {task}"
+    )
+    made = packaging.build(
         model.path,
         evaluation.path,
         TensorSet(tensors.path),
@@ -171,17 +177,7 @@ def register(
 
     table = manifest.read(dataset.file("manifest.parquet"))
     digest, served = manifest.digest(table), identity(package)["model_digest"]
-    tracking = open_tracking(home)
-    version = tracking.register(
-        package=package.path,
-        package_digest=package.digest,
-        model=model.path,
-        evaluation=evaluation.path,
-        manifest=table,
-        dataset_digest=digest,
-        params=config,
-    )
-    tracking.set_alias("challenger", version.version)
+    version, run_id = _track(open_tracking(home), table, digest, model, evaluation, package, config)
     places = {
         name: str(artifact.path.resolve().relative_to(home.resolve()))
         for name, artifact in (
@@ -194,13 +190,13 @@ def register(
             served,
             dataset_digest=digest,
             preprocessing_digest=preprocessing_of(tensors).digest,
-            version=str(version.version),
-            info={**places, "run_id": version.run_id, "package_digest": package.digest},
+            version=version,
+            info={**places, "run_id": run_id, "package_digest": package.digest},
         )
         catalog.ledger.append(
             "training",
             served,
-            {"dataset": digest, "version": str(version.version), "weights": model.digest, "package": package.digest},
+            {"dataset": digest, "version": version, "weights": model.digest, "package": package.digest},
             actor="register",
             key=f"training:{served}:{digest}",
         )
@@ -208,7 +204,49 @@ def register(
         for request in catalog.label_requests("open"):
             if labelled & set(request.sop_uids):
                 catalog.close_label_request(request.id, actor="register")
-    registered.write_json("registered.json", {"version": str(version.version), "package": package.digest})
+    registered.write_json("registered.json", {"version": version, "package": package.digest})
+
+
+def _track(
+    tracking: Any,
+    table: Any,
+    digest: str,
+    model: In[Model],
+    evaluation: In[Evaluation],
+    package: In[Package],
+    config: dict[str, Any],
+) -> tuple[str, str]:
+    """Log the run and register the package as the challenger: version and run id."""
+    from radloop.learning import evaluate as measuring
+    from radloop.learning.tracking import DatasetVersion
+    from radloop.learning.train import TrainConfig
+
+    measured = measuring.read(evaluation.path)
+    told = identity(package)
+    history = model.json("history.json")
+    assert isinstance(history, dict | list)
+    epochs = history if isinstance(history, list) else history["epochs"]
+    metrics = {name: figure.value for name, figure in measured.metrics.items()}
+    metrics |= {f"{name}_lower": figure.lower for name, figure in measured.metrics.items()}
+    rows = table.select(["sop_uid", "part", "label", "site"]).to_pandas()
+    run_id = tracking.log_run(
+        f"{model.digest}:{evaluation.digest}",
+        name=f"model {told['model_digest'][:12]}",
+        params=msgspec.to_builtins(msgspec.convert(config, TrainConfig)),
+        metrics=metrics,
+        history=epochs,
+        datasets=[
+            DatasetVersion(
+                name=told["task"], digest=digest, context=part, rows=rows[rows["part"] == part], source=f"radloop:{digest}"
+            )
+            for part in ("train", "validation", "test")
+        ],
+        tags={f"radloop.{name}": told[name] for name in ("model_digest", "dataset_digest", "preprocessing_digest")},
+        artifacts=evaluation.path,
+    )
+    version = tracking.register(package.path, name=told["task"], run_id=run_id)
+    tracking.set_alias(told["task"], "challenger", version)
+    return told["task"], str(version), run_id
 
 
 def preprocessing_of(tensors: In[Tensors]) -> Any:

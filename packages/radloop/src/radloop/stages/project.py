@@ -56,11 +56,10 @@ def open_tracking(home: Path) -> Tracking:
     settings = settings_of(home)
     folder = home.resolve() / "mlflow"
     folder.mkdir(parents=True, exist_ok=True)
-    return Tracking(
-        settings.mlflow.uri or f"sqlite:///{folder / 'mlflow.db'}",
-        settings.mlflow.artifacts or (folder / "artifacts").as_uri(),
-        settings.mlflow.experiment or settings.task.name,
-    )
+    if settings.mlflow.uri:
+        artifacts = Path(settings.mlflow.artifacts) if settings.mlflow.artifacts else None
+        return Tracking(settings.mlflow.uri, artifacts, settings.task.name)
+    return Tracking(f"sqlite:///{folder / 'mlflow.db'}", folder / "artifacts", settings.task.name)
 
 
 def check(settings: Settings) -> None:

@@ -135,9 +135,10 @@ def promote(
 
     ours = reference(home, package, registered)
     rollout.deploy(home, rollout.single(home, ours), timeout_s=wait_s, progress=progress)
-    tracking = open_tracking(home)
-    tracking.set_alias("champion", ours.version)
-    tracking.delete_alias("challenger")
+    tracking, task = open_tracking(home), identity(package)["task"]
+    tracking.set_alias(task, "champion", int(ours.version))
+    if tracking.alias(task, "challenger") == int(ours.version):
+        tracking.drop_alias(task, "challenger")
     ledger(home, "release", ours, {"step": "promoted", "version": ours.version})
     log(f"version {ours.version} is the champion")
     released.write_json("released.json", {"champion": ours.model_digest, "version": ours.version})

@@ -10,6 +10,8 @@ Images are `(rows, columns)`, row 0 at the top.
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -264,13 +266,18 @@ def _texture(shape: tuple[int, ...], scale: float, rng: Generator) -> Plane:
 
 def _blurred(image: Plane, sigma_px: float) -> Plane:
     """Gaussian blur; the image is continued by its edge, so that opposite borders do not bleed into each other."""
-    pad = int(np.ceil(3 * sigma_px))
-    wide = np.pad(image, pad, mode="edge")
+    pad = math.ceil(3 * sigma_px)
+    wide = np.pad(image.astype(np.float32, copy=False), pad, mode="edge")
     rows, columns = wide.shape
-    fy, fx = np.fft.fftfreq(rows)[:, np.newaxis], np.fft.rfftfreq(columns)
-    transfer = np.exp(-2 * (np.pi * sigma_px) ** 2 * (fy**2 + fx**2))
-    blurred = np.fft.irfft2(np.fft.rfft2(wide) * transfer, s=wide.shape)
+    blurred = np.fft.irfft2(np.fft.rfft2(wide) * _transfer(rows, columns, sigma_px), s=wide.shape)
     return _plane(blurred[pad : rows - pad, pad : columns - pad])
+
+
+@functools.lru_cache(maxsize=16)
+def _transfer(rows: int, columns: int, sigma_px: float) -> Plane:
+    """A Gaussian's transfer function on the frequencies of `rfft2`."""
+    fy, fx = np.fft.fftfreq(rows)[:, np.newaxis], np.fft.rfftfreq(columns)
+    return _plane(np.exp(-2 * (np.pi * sigma_px) ** 2 * (fy**2 + fx**2)))
 
 
 def _opacities(lungs: Plane, x: Plane, y: Plane, rng: Generator) -> Plane:

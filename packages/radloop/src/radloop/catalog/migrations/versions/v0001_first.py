@@ -12,6 +12,7 @@ depends_on = None
 
 
 def upgrade() -> None:
+    """Make all tables."""
     op.create_table(
         "datasets",
         sa.Column("digest", sa.String(64), nullable=False),

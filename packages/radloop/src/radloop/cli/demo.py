@@ -1,0 +1,501 @@
+"""`radloop demo`: a small simulated hospital, then the real loop: real sockets, real servers, real stages, drawn patients."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
+import typer
+
+from radloop.cli import output
+from radloop.cli.common import Json, command
+from radloop.errors import EngineError, SettingsError
+
+if TYPE_CHECKING:
+    from radloop.pipeline.run import RunResult
+
+SENDERS = {"A": "AURORA_CR1", "B": "HELIX_DX2"}
+_READY_S = 60.0
+_FULL = """
+[evaluate]
+minimum_patients = 8
+
+[release]
+clinical_canary = true
+wait_s = 120.0
+
+[release.judge]
+minimum_patients = 40
+
+[watch]
+retrain_patients_per_class = 15
+"""
+_SMALL = """
+[train]
+max_seconds = 12.0
+
+[evaluate]
+minimum_patients = 3
+resamples = 500
+examples = 4
+
+[gates]
+auc_lower = 0.6
+ece = 0.35
+subgroup_gap = 0.3
+margin = 0.2
+
+[release]
+clinical_canary = true
+steps = [25, 100]
+wait_s = 60.0
+
+[release.judge]
+minimum_patients = 12
+agreement = 0.5
+mean_absolute_difference = 0.4
+ks_distance = 0.7
+error_rate = 0.25
+
+[watch]
+retrain_patients_per_class = 4
+
+[watch.drift]
+minimum_patients = 10
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add `demo`."""
+
+    @command(
+        app,
+        "demo",
+        examples=("radloop demo --yes", "radloop demo --size small --yes --fresh"),
+        after="open radloop-demo/reports/report.html, then `radloop init` for a project of your own.",
+    )
+    def demo(
+        directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where the demo's project lies.")] = Path(
+            "radloop-demo"
+        ),
+        size: Annotated[Literal["full", "small"], typer.Option(help="600 images, or 120.")] = "full",
+        yes: Annotated[bool, typer.Option("--yes", help="Give the approvals that a person would; recorded as such.")] = False,
+        fresh: Annotated[bool, typer.Option("--fresh", help="Start afresh; without it a demo that was cut short goes on.")] = False,
+        json: Json = False,
+    ) -> None:
+        """Take a simulated hospital through the whole loop, on this machine, and write the report.
+
+        Two sites send drawn radiographs by C-STORE; site A's train the first model; site B's arrive later and drift; labels come
+        late; the model trained on both replaces the first after shadow and canary. Patients and scanners are simulated, all
+        else is what runs in a hospital.
+        """
+        told = Demo(directory, size, yes).run(fresh=fresh)
+        if json:
+            output.print_json(told)
+        raise typer.Exit(told["exit"])
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: the loop waits for a person or a gate refused
+    """The demo ends early because a pipeline did not succeed."""
+
+    def __init__(self, result: RunResult) -> None:
+        super().__init__(result.message)
+        self.result = result
+
+
+class Demo:
+    """One demo project: its steps, which of them are done, and how long they took."""
+
+    def __init__(self, folder: Path, size: str, yes: bool) -> None:
+        self.folder, self.size, self.yes = folder.resolve(), size, yes
+        self.steps: list[tuple[str, Callable[[], None]]] = [
+            ("draw the hospital", self.draw),
+            ("site A sends its studies", lambda: self.send("A")),
+            ("site A's labels arrive", lambda: self.labels("A")),
+            ("prepare dataset version 1", lambda: self.pipeline("prepare")),
+            ("develop the first model", lambda: self.pipeline("develop")),
+            ("release it", lambda: self.pipeline("release")),
+            ("site B sends its studies", lambda: self.send("B")),
+            ("both sites ask for predictions", self.predict),
+            ("watch: what drifted", lambda: self.pipeline("watch")),
+            ("site B's labels arrive, late", lambda: self.labels("B")),
+            ("watch: is it time to train", self.decide),
+            ("prepare dataset version 2", lambda: self.pipeline("prepare")),
+            ("develop the challenger", lambda: self.pipeline("develop")),
+            ("release it: shadow and canary", self.release_under_traffic),
+            ("both sites ask for predictions", self.predict),
+            ("watch the new champion", lambda: self.pipeline("watch")),
+            ("write the report", self.report),
+        ]
+        self.done: list[dict[str, Any]] = []
+
+    @property
+    def state(self) -> Path:
+        """Which steps are done."""
+        return self.folder / "demo.json"
+
+    def run(self, *, fresh: bool) -> dict[str, Any]:
+        """Run what is left to run; the summary."""
+        from radloop.stage.protocol import EXIT
+
+        self._open(fresh)
+        status = "succeeded"
+        with ExitStack() as stack:
+            self.mail = stack.enter_context(mail_sink())
+            self._write_settings()
+            if len(self.done) < len(self.steps):
+                self.listener = stack.enter_context(self._child("listen"))
+                self.gateway = stack.enter_context(self._child("serve"))
+            try:
+                for number, (name, step) in list(enumerate(self.steps))[len(self.done) :]:
+                    began = time.monotonic()
+                    output.say(f"\n[{number + 1}/{len(self.steps)}] {name}")
+                    step()
+                    self.done.append({"step": name, "seconds": round(time.monotonic() - began, 2)})
+                    self._save()
+            except Stopped as stopped:
+                status = stopped.result.status
+                self.report()
+                output.fail(stopped.result.message)
+        return self._summary(status, EXIT[status])  # type: ignore[index]
+
+    def _open(self, fresh: bool) -> None:
+        if self.folder.exists() and not self.state.exists():
+            raise SettingsError(
+                "this folder is no demo project", expected="a new folder, or one of an earlier demo", got=str(self.folder)
+            )
+        known = msgspec.json.decode(self.state.read_bytes()) if self.state.exists() else None
+        if known and (fresh or known["size"] != self.size):
+            why = "asked for" if fresh else f"the last one was of size {known['size']}"
+            output.say(f"Starting afresh ({why}): {self.folder} is made anew.")
+            shutil.rmtree(self.folder)
+            known = None
+        elif known and len(known["done"]) == len(self.steps):
+            output.say(f"This demo is complete: {self.folder} (--fresh starts another).")
+        elif known:
+            output.say(f"Going on after step {len(known['done'])} of {len(self.steps)} in {self.folder} (--fresh starts afresh).")
+        else:
+            output.say(f"A new demo in {self.folder}.")
+        if known:
+            self.done = known["done"]
+            return
+        from radloop.cli.init import make_project
+
+        make_project(self.folder)
+        self._save()
+
+    def _save(self) -> None:
+        scratch = self.state.with_suffix(".new")
+        scratch.write_bytes(msgspec.json.encode({"size": self.size, "done": self.done}))
+        os.replace(scratch, self.state)
+
+    def _write_settings(self) -> None:
+        """The project's radloop.toml; the mail sink's port is another each time."""
+        head = f"""# Written by `radloop demo` ({self.size}). Not a medical device: the patients are drawn.
+[task]
+name = "opacity"
+intended_use = "Demonstration of radloop on drawn phantoms. For no clinical use."
+
+[listen]
+port = 0
+
+[listen.senders]
+{SENDERS["A"]} = "site-a"
+{SENDERS["B"]} = "site-b"
+
+[serve]
+port = 0
+
+[alerts]
+smtp_host = "127.0.0.1"
+smtp_port = {self.mail.port}
+recipients = ["physicist@hospital.invalid"]
+
+[environments]
+tfdv = "{tfdv_python(self.folder)}"
+"""
+        (self.folder / "radloop.toml").write_text(head + (_FULL if self.size == "full" else _SMALL))
+
+    @contextmanager
+    def _child(self, name: str) -> Iterator[int]:
+        """`radloop NAME` as a child of this process; its port. It ends with the demo, however that ends."""
+        ready = self.folder / "serving" / f"{name}.ready"
+        ready.parent.mkdir(exist_ok=True, mode=0o700)
+        ready.unlink(missing_ok=True)
+        command_line = [sys.executable, "-m", "radloop.cli", name, "--port", "0", "--ready-file", str(ready)]
+        log = (self.folder / "serving" / f"{name}.log").open("ab")
+        with log, subprocess.Popen(
+            [*command_line, "--project", str(self.folder)], stdout=log, stderr=log, preexec_fn=_die_with_parent
+        ) as child:
+            try:
+                yield _port(child, ready, Path(log.name))
+            finally:
+                child.terminate()
+                try:
+                    child.wait(30)
+                except subprocess.TimeoutExpired:
+                    child.kill()
+
+    # The steps
+
+    def draw(self) -> None:
+        """Phantom radiographs of both sites, with everything that modalities and PACS get wrong."""
+        from radloop.testing.hospital import demo_hospitals
+
+        hospital = self.folder / "hospital"
+        shutil.rmtree(hospital, ignore_errors=True)
+        with output.progress("draw") as progress:
+            sites = demo_hospitals(hospital, self.size, workers=os.cpu_count() or 1, progress=progress)
+        for site, made in sites.items():
+            told = {
+                "sent": [str(p.relative_to(hospital)) for p in made.files],
+                "good": [str(one.path.relative_to(hospital)) for one in made.good],
+                "labels": str(made.labels.relative_to(hospital)),
+            }
+            (hospital / f"{site}.json").write_bytes(msgspec.json.encode(told))
+            output.say(f"  site {site}: {len(made.files)} files, {len(made.good)} of them as they should be")
+
+    def _site(self, site: str) -> dict[str, Any]:
+        told: dict[str, Any] = msgspec.json.decode((self.folder / "hospital" / f"{site}.json").read_bytes())
+        return told
+
+    def send(self, site: str) -> None:
+        """C-STORE over a real socket; what no modality could send comes by folder."""
+        from radloop.testing.modality import send
+
+        files = [self.folder / "hospital" / name for name in self._site(site)["sent"]]
+        with output.progress(f"C-STORE from site {site}") as progress:
+            statuses = send(
+                files, "127.0.0.1", self.listener, calling_ae=SENDERS[site], called_ae="RADLOOP", progress=progress
+            )
+        output.say(f"  {len(files)} files, by C-STORE status: {output.counts_line(statuses)}")
+
+    def labels(self, site: str) -> None:
+        """A CSV keyed by the original accession numbers, as a reading room would export it."""
+        self._radloop(
+            *("labels", "import", str(self.folder / "hospital" / self._site(site)["labels"])),
+            *("--key", "accession", "--key-column", "AccessionNumber", "--value-column", "label"),
+            *("--site", f"site-{site.lower()}"),
+        )
+
+    def _radloop(self, *arguments: str) -> None:
+        from radloop.cli.app import run_app
+
+        if (code := run_app([*arguments, "--project", str(self.folder)])) != 0:
+            raise EngineError(f"radloop {arguments[0]} ended with {code}", next_step="its message stands above")
+
+    def pipeline(self, name: str) -> RunResult:
+        """Run a pipeline; where it waits for a person, --yes approves and says so in the ledger."""
+        from radloop.cli.run import run_one
+        from radloop.settings import load
+
+        while True:
+            result = run_one(self.folder, load(self.folder), name)
+            if result.status == "succeeded":
+                return result
+            subjects = self._waiting(result) if self.yes and result.status == "waiting" else []
+            if not any([self._approve(digest, result.message) for digest in subjects]):
+                raise Stopped(result)
+
+    def _waiting(self, result: RunResult) -> list[str]:
+        """Digests of what the run waits for: a gate's verdict, or the package to be released."""
+        from radloop.artifact import open_artifact
+        from radloop.cli.run import inputs_of
+
+        found = [result.output(source).digest for source in result.outputs if source.endswith(".verdict")]
+        if result.pipeline == "release":
+            package = inputs_of(self.folder, "release")["package"]
+            assert package is not None
+            found.append(open_artifact(package).digest)
+        return found
+
+    def _approve(self, digest: str, why: str) -> bool:
+        """True if this approval is new."""
+        from radloop.stages.project import open_catalog
+
+        payload = {"role": "clinical", "why": f"demo --yes, no person looked: {why}"}
+        with open_catalog(self.folder) as catalog:
+            return catalog.ledger.append("approval", digest, payload, actor="demo", key=f"approval:demo:{digest}")
+
+    def predict(self) -> None:
+        """Every good study goes to the gateway as a router would send it: site A's and site B's in turn."""
+        with Clinic(self) as clinic, output.progress("predict") as progress:
+            clinic.ask_all(progress)
+        output.say(f"  {clinic.answered} answers, {clinic.failed} failures")
+
+    def decide(self) -> None:
+        """Watch again, now that labels are there: does it ask for a new model?"""
+        from radloop.cli.run import decision
+
+        told = decision(self.pipeline("watch"))
+        output.say(f"  {told['why']}")
+        if not told["retrain"]:
+            raise EngineError("the demo's watch asked for no training", expected="drift and labels enough", got=told["why"])
+
+    def release_under_traffic(self) -> None:
+        """Release while the clinic goes on asking: the judge needs patients answered by both models."""
+        with Clinic(self) as clinic:
+            clinic.keep_asking()
+            self.pipeline("release")
+        output.say(f"  {clinic.answered} requests were answered meanwhile, {clinic.failed} failed")
+
+    def report(self) -> None:
+        """One self-contained page."""
+        from radloop.monitoring import report
+        from radloop.stages.report import build
+
+        output.say(f"  {report.write(build(self.folder), self.folder / 'reports' / 'report.html')}")  # type: ignore[arg-type]
+
+    def _summary(self, status: str, code: int) -> dict[str, Any]:
+        from radloop.stages.project import open_catalog
+
+        with open_catalog(self.folder) as catalog:
+            datasets, models = catalog.datasets(), catalog.models()
+        seconds = round(sum(step["seconds"] for step in self.done), 1)
+        output.print_table("Where the time went", ["step", "seconds"], [(s["step"], s["seconds"]) for s in self.done])
+        lines = [f"{status} in {seconds:.0f} s", f"{len(datasets)} dataset versions, {len(models)} models registered"]
+        lines.append(f"{len(self.mail.messages)} mails were sent" if self.mail.messages else "no mail was sent in this run")
+        report = self.folder / "reports" / "report.html"
+        output.say("\n" + "; ".join(lines) + f"\nreport: {report}\nnext: radloop status --project {self.folder}")
+        return {
+            "status": status,
+            "exit": code,
+            "seconds": seconds,
+            "steps": self.done,
+            "mails": [m["subject"] for m in self.mail.messages],
+            "report": str(report),
+        }
+
+
+class Clinic:
+    """Asks the gateway about the hospital's studies, as a DICOM router beside the PACS would."""
+
+    def __init__(self, demo: Demo) -> None:
+        self.url = f"http://127.0.0.1:{demo.gateway}"
+        files = {site: [demo.folder / "hospital" / name for name in demo._site(site)["good"]] for site in SENDERS}
+        mixed = itertools.chain.from_iterable(itertools.zip_longest(files["A"], files["B"]))
+        self.studies = [(path, f"site-{'a' if path in set(files['A']) else 'b'}") for path in mixed if path is not None]
+        self.answered = self.failed = 0
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Clinic:
+        import httpx
+
+        self._client = httpx.Client(timeout=30.0)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._client.close()
+
+    def ask(self, path: Path, site: str) -> None:
+        """One study."""
+        from radloop.errors import ServingError
+        from radloop.serving.client import predict_dicom
+
+        try:
+            predict_dicom(self.url, path.read_bytes(), site=site, client=self._client)
+            self.answered += 1
+        except ServingError:
+            self.failed += 1
+
+    def ask_all(self, progress: Callable[[int, int], None]) -> None:
+        """Every study once."""
+        for number, (path, site) in enumerate(self.studies, 1):
+            self.ask(path, site)
+            progress(number, len(self.studies))
+
+    def keep_asking(self) -> None:
+        """Every study again and again, in a thread, until the clinic closes."""
+
+        def ask() -> None:
+            for path, site in itertools.cycle(self.studies):
+                if self._stop.is_set():
+                    return
+                self.ask(path, site)
+
+        self._thread = threading.Thread(target=ask, name="clinic", daemon=True)
+        self._thread.start()
+
+
+class Sink:
+    """Keeps the mails that a local SMTP server was given."""
+
+    def __init__(self) -> None:
+        self.messages: list[dict[str, str]] = []
+        self.port = 0
+
+    async def handle_DATA(self, server: Any, session: Any, envelope: Any) -> str:  # noqa: ARG002 - aiosmtpd's names
+        """Called by aiosmtpd for each mail."""
+        import email
+        import email.policy
+
+        mail = email.message_from_bytes(envelope.content, policy=email.policy.default)
+        self.messages.append({"subject": str(mail["Subject"]), "to": str(mail["To"])})
+        output.say(f"  mail to {mail['To']}: {mail['Subject']}")
+        return "250 OK"
+
+
+@contextmanager
+def mail_sink() -> Iterator[Sink]:
+    """A local SMTP server that shows what it is given."""
+    from aiosmtpd.controller import Controller
+
+    sink = Sink()
+    controller = Controller(sink, hostname="127.0.0.1", port=0)
+    controller.start()
+    try:
+        assert controller.server is not None
+        sink.port = controller.server.sockets[0].getsockname()[1]
+        yield sink
+    finally:
+        controller.stop()
+
+
+def tfdv_python(project: Path) -> Path:
+    """The TFDV environment's Python: beside the running one in a checkout, or in the project."""
+    candidates = [Path(sys.prefix).parent / "tfdv", project / ".venvs" / "tfdv"]
+    for environment in candidates:
+        if (environment / "bin" / "python").exists():
+            return environment / "bin" / "python"
+    raise SettingsError(
+        "the TFDV environment is not there",
+        expected=" or ".join(map(str, candidates)),
+        next_step=f"make setup in a checkout, or radloop setup --project {project}",
+    )
+
+
+def _port(child: subprocess.Popen[bytes], ready: Path, log: Path) -> int:
+    until = time.monotonic() + _READY_S
+    while time.monotonic() < until:
+        if ready.exists():
+            return int(msgspec.json.decode(ready.read_bytes())["port"])
+        if child.poll() is not None:
+            break
+        time.sleep(0.05)
+    raise EngineError(
+        f"{ready.stem} did not start", expected="ready within a minute", got=log.read_text(errors="replace")[-800:]
+    )
+
+
+def _die_with_parent() -> None:
+    """Runs in the child: end it when the demo is gone, also by SIGKILL."""
+    if sys.platform == "linux":
+        import ctypes
+        import signal
+
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
