@@ -6,6 +6,7 @@ import os
 import runpy
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,15 @@ from radloop.monitoring import report, views
 
 pytestmark = pytest.mark.services
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-ARGUMENTS = (
-    "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
+ARGUMENTS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 # Least contrast between any text and what lies behind it (WCAG 2.2, 1.4.3), by walking up to the first opaque background.
 CONTRAST = """() => {
@@ -143,7 +149,7 @@ def test_links_lead_somewhere_and_headings_are_in_order(browser: Any, pages: dic
         levels = page.evaluate("[...document.querySelectorAll('h1,h2,h3,h4')].map(h => +h.tagName[1])")
         assert levels[0] == 1
         assert levels.count(1) == 1
-        assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
+        assert all(after - before <= 1 for before, after in pairwise(levels))
         assert page.evaluate("document.querySelectorAll('table th:not([scope])').length") == 0
         unnamed = "[...document.querySelectorAll('.scroll')].filter(s => !s.getAttribute('aria-label')).length"
         assert page.evaluate(unnamed) == 0

@@ -201,7 +201,9 @@ def test_wrong_requests_get_their_status(predictor: Predictor) -> None:
     assert httpx.get(predictor.url + "/v2/health/live").status_code == 200
 
 
-@pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer wrong"}, {"authorization": f"Basic {packages.TOKEN}"}])
+@pytest.mark.parametrize(
+    "headers", [{}, {"authorization": "Bearer wrong"}, {"authorization": f"Basic {packages.TOKEN}"}]
+)
 def test_without_the_token_nothing_is_told(predictor: Predictor, headers: dict[str, str]) -> None:
     """Anybody on the machine could otherwise ask, or read off how many patients were seen."""
     for path in ("/v2", "/v2/models/default", "/metrics"):
@@ -346,6 +348,6 @@ def test_it_ends_with_its_parent(tmp_path: Path) -> None:
         pid = int(parent.stdout.readline())
         parent.kill()
     until = time.monotonic() + 10
-    while os.path.exists(f"/proc/{pid}") and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2:3]:
+    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2:3]:
         assert time.monotonic() < until, "the predictor outlived its parent"
         time.sleep(0.05)

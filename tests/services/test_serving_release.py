@@ -21,7 +21,17 @@ import pytest
 
 from radloop.errors import ServingError
 from radloop.serving import client, gateway, predictions, rollout
-from radloop.serving.desired import ModelRef, Models, Observed, Routing, State, desire, desired, observed, supervisor_pid
+from radloop.serving.desired import (
+    ModelRef,
+    Models,
+    Observed,
+    Routing,
+    State,
+    desire,
+    desired,
+    observed,
+    supervisor_pid,
+)
 from radloop.serving.gateway import Routes, Upstream
 from radloop.serving.supervisor import Supervisor
 
@@ -235,7 +245,9 @@ def _check_log(served: Served, one: ModelRef, two: ModelRef) -> None:
     for pair in answered:
         assert pair.challenger is not None
         assert pair.champion["sop_uid"] == pair.challenger["sop_uid"]
-    both = [p for p in answered if p.champion["compared_with"] == two.model_digest and p.challenger["role"] == "challenger"]  # type: ignore[index]
+    both = [
+        p for p in answered if p.champion["compared_with"] == two.model_digest and p.challenger["role"] == "challenger"
+    ]  # type: ignore[index]
     assert both and all(p.champion["role"] == "champion" for p in both)
     assert sum(p.champion["served"] != p.challenger["served"] for p in both) >= 0.99 * len(both)  # type: ignore[index]
     late = [row for row in rows if row["model_digest"] == two.model_digest and row["role"] == "champion"]

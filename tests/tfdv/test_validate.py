@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 CANARY = "2.25.190083511"
 
@@ -84,7 +84,7 @@ def run(python: Path, folder: Path, cases: dict[str, Any], hash_seed: str) -> di
         env={**os.environ, "PYTHONHASHSEED": hash_seed},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=280,
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -117,7 +117,7 @@ def locked(name: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("lock", "package", "extras"),
     [
-        ("core", "radloop", ["pixels", "train", "serve"]),
+        ("core", "radloop", ["pixels", "train", "serve", "demo"]),
         ("tfdv", "radloop", []),
         ("tfdv", "radloop-tfdv", []),
     ],

@@ -198,7 +198,8 @@ def sample() -> dict[str, Any]:
                     {"reason": "duplicate pixels", "count": 18}, {"reason": "empty or saturated", "count": 11}]},
                 {"name": "In dataset 2", "count": 740, "lost": [{"reason": "unlabelled", "count": 6}]},
             ],
-            "ends": [{"name": "train", "count": 428}, {"name": "validation", "count": 92}, {"name": "test", "count": 214}],
+            "ends": [{"name": "train", "count": 428}, {"name": "validation", "count": 92}, {"name": "test", "count": 214},
+                     {"name": "predicted", "count": 160}],
         },
         "quarantine": [
             {"reason": "DUPLICATE_PIXELS", "stage": "quality", "count": 18, "meaning": "pixel for pixel as another image"},
@@ -232,7 +233,7 @@ def sample() -> dict[str, Any]:
                 {"feature": "site", "type": "ENUM_TYPE_UNEXPECTED_STRING_VALUES", "severity": "warn",
                  "short": "Unexpected string values", "long": "Examples contain values missing from the schema: B (~42%)."},
             ],
-            "drift": {"features": [
+            "comparisons": {"features": [
                 {"feature": "age_years", "measure": "jensen_shannon_divergence", "drift": 0.04, "skew": 0.04,
                  "threshold": 0.1, "drifted": False},
                 {"feature": "manufacturer", "measure": "l_infty", "drift": 0.42, "skew": 0.42, "threshold": 0.1,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -10,7 +12,7 @@ import pytest
 
 from radloop.errors import DataError
 from radloop.learning.statistics import Interval
-from radloop.monitoring import labelling, performance, window
+from radloop.monitoring import labelling, performance
 from radloop.monitoring.performance import Reference
 
 Row = dict[str, Any]
@@ -108,6 +110,15 @@ def test_verdicts() -> None:
     assert any("any finding" in change for change in other.population_changes)
 
 
+def test_the_reference_is_read_from_an_evaluation() -> None:
+    """Compared with figures of another part, performance would seem to fall or hold for no reason."""
+    sample = runpy.run_path(str(Path(__file__).with_name("sample_report.py")))
+    found = performance.reference_of(sample["evaluation"](0.9), label_definition="nodule")
+    assert found.auc.value == 0.9
+    assert found.prevalence == pytest.approx(88 / 214)
+    assert (found.sites, found.label_definition) == (["A", "B"], "nodule")
+
+
 def test_change_of_population_is_said() -> None:
     """A new site, another prevalence or a picked sample explain a figure; without them it is misread."""
     reference = Reference(Interval(0.95, 0.92, 0.97), 0.1, ["A"])
@@ -168,27 +179,3 @@ def test_what_was_asked_or_labelled_is_not_asked_again_and_the_id_is_stable() ->
     assert len(labelling.choose(predictions, limit=1000, threshold=0.5).wanted) == 30
     with pytest.raises(DataError, match="cannot be filled"):
         labelling.choose(predictions, limit=0, threshold=0.5)
-
-
-def test_the_window_counts_what_it_leaves_out() -> None:
-    """A shadow's answers mixed with the champion's would show a drift of neither."""
-    row: Row = {
-        "model_digest": "a",
-        "status": "ok",
-        "probability": 0.4,
-        "patient": "P",
-        "sop_uid": "2.25.1",
-        "site": "A",
-    }
-    found = window.select(
-        [
-            row,
-            {**row, "probability": 0.6},
-            {**row, "model_digest": "b"},
-            {**row, "status": "NOT_DICOM", "probability": None},
-            {**row, "patient": None},
-        ],
-        "a",
-    )
-    assert [one["probability"] for one in found.rows] == [0.6]
-    assert (found.other_models, found.refused, found.without_patient) == (1, 1, 1)

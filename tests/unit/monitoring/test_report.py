@@ -172,18 +172,17 @@ def test_the_sample_has_the_shapes_of_the_rooms_that_make_it() -> None:
 
 
 def gaps(value: Any, draw: random.Random) -> Any:
-    """The data with some fields gone, null or not a number."""
+    """The data with some fields gone, null, or not a number, and some rows gone."""
     if isinstance(value, dict):
         kept = {k: gaps(v, draw) for k, v in value.items() if draw.random() > 0.08}
-        return {k: None if draw.random() < 0.05 else v for k, v in kept.items()}
-    if isinstance(value, list):
+        strange = {k: draw.choice([None, math.nan, math.inf]) for k in kept if draw.random() < 0.05}
+        return {k: v if k not in strange or isinstance(v, str | list | dict) else strange[k] for k, v in kept.items()}
+    if isinstance(value, list) and all(isinstance(one, dict) for one in value):
         return [gaps(one, draw) for one in value if draw.random() > 0.1]
-    if isinstance(value, float):
-        return draw.choice([value] * 12 + [math.nan, math.inf])
     return value
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32))
 def test_a_missing_field_is_an_empty_cell_not_a_lost_report(seed: int) -> None:
     """An older evaluation.json, or a run that died half way, must still be shown."""

@@ -49,9 +49,7 @@ def build(folder: Path, *, weight: float = 4.0, key: bytes = KEY, modalities: tu
     logits = packaged.logits(preprocessing.windowed(native))
     probabilities = decision.probability(logits)
     decisions = decision.decide(probabilities)
-    np.savez(
-        folder / "reference.npz", native=native, logits=logits, probabilities=probabilities, decisions=decisions
-    )
+    np.savez(folder / "reference.npz", native=native, logits=logits, probabilities=probabilities, decisions=decisions)
     return digest
 
 

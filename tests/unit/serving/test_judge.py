@@ -120,7 +120,9 @@ def labelled(n: int, champion_noise: float, challenger_noise: float) -> tuple[li
     made, labels = [], {}
     for patient in range(n):
         truth = patient % 2
-        scores = [float(1 / (1 + np.exp(-(2 * truth - 1 + rng.normal(0, s))))) for s in (champion_noise, challenger_noise)]
+        scores = [
+            float(1 / (1 + np.exp(-(2 * truth - 1 + rng.normal(0, s))))) for s in (champion_noise, challenger_noise)
+        ]
         one, two = (row(f"P{patient}", 0, probability=p, decision=int(p >= 0.5)) for p in scores)
         labels[one["sop_uid"]] = truth
         made.append(Pair(one, two))

@@ -33,7 +33,9 @@ def files(*data: bytes, **changes: Any) -> dict[str, Any]:
     return given | {"parameters": {"content_type": "base64"}} | changes
 
 
-@given(arrays.arrays(np.float32, (2, 1, SIZE, SIZE), elements=st.floats(-(2.0**100), 2.0**100, width=32)), st.booleans())
+@given(
+    arrays.arrays(np.float32, (2, 1, SIZE, SIZE), elements=st.floats(-(2.0**100), 2.0**100, width=32)), st.booleans()
+)
 def test_a_tensor_arrives_bit_for_bit(tensor: np.ndarray, nested: bool) -> None:
     """A value changed on the way is another image than the one that was sent."""
     data = tensor.tolist() if nested else tensor.ravel().tolist()

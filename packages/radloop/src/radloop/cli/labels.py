@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from enum import StrEnum
@@ -26,6 +27,7 @@ POSITIVE, NEGATIVE = "1", "0"
 """How the values of the project's own task are stored, whatever the file's words for them are."""
 
 _LONGEST = 64  # characters of a value
+_UID = re.compile(r"[0-9]+(\.[0-9]+)+")
 _NAMED = 5  # lines named in one error
 Row = tuple[int, str, str]  # line of the file, key, value
 
@@ -163,6 +165,8 @@ def import_file(
 
     rows = list(read_rows(file, key_column, value_column))
     valued = [row for row in rows if row[2]]
+    if key in (Key.STUDY, Key.INSTANCE):
+        _check_uids(valued, key_column)
     values = _values(valued, value_column, settings if task == settings.task.name else None)
     key_of = _key_function(pseudonymiser(project, settings.deidentify.key), key)
     if key is Key.ACCESSION and issuer is None:
@@ -332,7 +336,8 @@ def _key_function(pseudonyms: Pseudonymiser, key: Key) -> Callable[[str, str], s
 
 
 def _keys(rows: Iterable[Row], key_of: Callable[[str], str], column: str) -> list[str]:
-    keys, blank = [], []
+    keys: list[str] = []
+    blank: list[int] = []
     for line, text, _ in rows:
         try:
             keys.append(key_of(text))
@@ -346,6 +351,18 @@ def _keys(rows: Iterable[Row], key_of: Callable[[str], str], column: str) -> lis
             next_step="complete or remove these rows; nothing was imported",
         )
     return keys
+
+
+def _check_uids(rows: list[Row], column: str) -> None:
+    """Refuse a column that holds something else: as pseudonyms nobody could tell any more. Values are not shown."""
+    wrong = [line for line, text, _ in rows if text and not _UID.fullmatch(text)]
+    if wrong:
+        raise DataError(
+            f"column {column!r} holds no UIDs",
+            expected="UIDs of the original images (PS3.5 section 9): digits and dots, at most 64 characters",
+            got=f"something else on {_lines(wrong)}",
+            next_step="choose the column with the UIDs, or another --key; nothing was imported",
+        )
 
 
 def _accession_keys(

@@ -11,7 +11,7 @@ import typer
 
 from radloop.cli import output
 from radloop.cli.common import FAILED, HERE, Json, Project, actor, catalog_at, command, settings_at, short
-from radloop.errors import RadloopError, ServingError
+from radloop.errors import ServingError
 
 if TYPE_CHECKING:
     from radloop.catalog.store import Catalog
@@ -237,24 +237,21 @@ def _state_of(project: Path, catalog: Catalog, version: str) -> State:
     if now.champion is not None and now.champion.model_digest == digest:  # a rollback that was interrupted ends here
         return State(models=Models(champion=now.champion, previous=now.previous))
     known = [ref for ref in (now.previous, now.challenger) if ref is not None and ref.model_digest == digest]
-    return State(models=Models(champion=known[0] if known else _find_package(project, digest, version)))
+    return State(models=Models(champion=known[0] if known else _find_package(project, catalog, digest, version)))
 
 
-def _find_package(project: Path, digest: str, version: str) -> ModelRef:
-    """The package of a model among the artifacts."""
-    import msgspec
-
+def _find_package(project: Path, catalog: Catalog, digest: str, version: str) -> ModelRef:
+    """Where the package of a model lies."""
     from radloop.serving.desired import ModelRef
 
-    for path in sorted((project / "artifacts").glob("*/*/identity.json")):
-        if msgspec.json.decode(path.read_bytes()).get("model_digest") == digest:
-            folder = path.parent.resolve().relative_to(project.resolve())
-            return ModelRef(package=str(folder), version=version, model_digest=digest)
-    raise ServingError(
-        f"the package of version {version} is not there any more",
-        expected=f"a package of model {short(digest)} under artifacts/",
-        next_step="restore artifacts/ from a backup, or roll back to another version",
-    )
+    place = str(catalog.model(digest).info.get("package", ""))
+    if not place or not (project / place / "identity.json").is_file():
+        raise ServingError(
+            f"the package of version {version} is not there any more",
+            expected=f"a package of model {short(digest)} under artifacts/",
+            next_step="restore artifacts/ from a backup, or roll back to another version",
+        )
+    return ModelRef(package=place, version=version, model_digest=digest)
 
 
 def _move_alias(project: Path, now: ModelRef) -> str:
@@ -266,7 +263,7 @@ def _move_alias(project: Path, now: ModelRef) -> str:
     try:
         told = msgspec.json.decode((project / now.package / "identity.json").read_bytes(), type=dict[str, str])
         open_tracking(project).set_alias(told["task"], "champion", int(now.version))
-    except (RadloopError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 - MLflow's own too: the roll-back itself is done and must be told
         return (
             f"\nThe registry was not told ({type(error).__name__}): once it answers, run "
             f"`radloop rollback --to {now.version}` again"

@@ -64,7 +64,7 @@ def state(project: Path, settings: Settings, catalog: Catalog) -> dict[str, Any]
         "runs": [_run(run) for run in records.last_runs(project)],
         "waiting": _waiting(project, catalog),
     }
-    told["models"] = _models(project, catalog, told["serving"])
+    told["models"] = _models(catalog, told["serving"])
     told["next"] = _next(told)
     return told
 
@@ -102,10 +102,8 @@ def _why_not(seen: Any) -> str | None:
     return None if seen.gateway.ready else seen.gateway.last_error
 
 
-def _models(project: Path, catalog: Catalog, serving: dict[str, Any]) -> list[dict[str, Any]]:
+def _models(catalog: Catalog, serving: dict[str, Any]) -> list[dict[str, Any]]:
     """The catalog's models, each with what it is in serving."""
-    from radloop.cli.trace import is_served_as
-
     numbers = {version.digest: version.number for version in catalog.datasets()}
     roles = {serving[name]["model_digest"]: name for name in ("previous", "challenger", "champion") if name in serving}
     return [
@@ -114,7 +112,7 @@ def _models(project: Path, catalog: Catalog, serving: dict[str, Any]) -> list[di
             "digest": model.digest,
             "dataset": numbers.get(model.dataset_digest),
             "created_at": model.created_at,
-            "role": next((role for digest, role in roles.items() if is_served_as(project, model, digest)), None),
+            "role": roles.get(model.digest),
             "flags": model.flags,
         }
         for model in catalog.models()

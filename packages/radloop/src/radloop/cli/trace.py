@@ -64,18 +64,17 @@ def trace_prediction(project: Path, catalog: Catalog, prediction: str, *, limit:
     import msgspec
 
     row = find_prediction(project / "predictions", prediction)
-    model = find_model(project, catalog, row["model_digest"])
+    model = find_model(catalog, row["model_digest"])
     dataset = catalog.dataset(model.dataset_digest)
     members = catalog.members(dataset.digest)
     learnt = [member for member in members if member.part != "test"]
     listed = members if limit is None else learnt[:limit]
-    subjects = {row["model_digest"], model.digest, model.info.get("package_digest"), dataset.digest}
+    subjects = {model.digest, model.info.get("package_digest"), dataset.digest}
     return {
         "prediction": dict(row),
         "model": {
             "version": row["version"],
-            "model_digest": row["model_digest"],
-            "weights_digest": model.digest,
+            "model_digest": model.digest,
             "preprocessing_digest": model.preprocessing_digest,
             "package": model.info.get("package"),
             "package_digest": model.info.get("package_digest"),
@@ -124,15 +123,15 @@ def find_prediction(folder: Path, wanted: str) -> PredictionRow:
     )
 
 
-def find_model(project: Path, catalog: Catalog, served_digest: str) -> Model:
-    """The catalog's model behind a served one: by its digest, or by the package that names it.
+def find_model(catalog: Catalog, served_digest: str) -> Model:
+    """The catalog's model behind an answer.
 
     Raises:
-        DataError: neither is there.
+        DataError: it is not there.
     """
     models = catalog.models()
-    for model in reversed(models):
-        if is_served_as(project, model, served_digest):
+    for model in models:
+        if model.digest == served_digest:
             return model
     raise DataError(
         "the model of this prediction is not in the catalog",
@@ -140,25 +139,6 @@ def find_model(project: Path, catalog: Catalog, served_digest: str) -> Model:
         got=f"{output.plural(len(models), 'model')}: {', '.join(short(m.digest) for m in models[:5]) or 'none'}",
         next_step="it was served from another project's package, or the catalog was replaced: restore it from backup",
     )
-
-
-def is_served_as(project: Path, model: Model, served_digest: str) -> bool:
-    """Whether a served digest is that of this model: its own, or what its package calls itself."""
-    return model.digest == served_digest or _packaged_digest(project, model) == served_digest
-
-
-def _packaged_digest(project: Path, model: Model) -> str | None:
-    """What the model's package calls itself; None where the package is gone."""
-    import msgspec
-
-    place = model.info.get("package")
-    if not place:
-        return None
-    try:
-        told = msgspec.json.decode((project / str(place) / "identity.json").read_bytes())
-    except (OSError, msgspec.DecodeError):
-        return None
-    return str(told.get("model_digest"))
 
 
 def _show(told: dict[str, Any]) -> None:

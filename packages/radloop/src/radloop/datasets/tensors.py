@@ -236,7 +236,7 @@ class TensorSet:
 def _open_shard(path: Path) -> Pixels:
     try:
         shard: Pixels = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise ArtifactError("a shard cannot be read", expected=path.name, got=type(error).__name__) from None
     return shard
 

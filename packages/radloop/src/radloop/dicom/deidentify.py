@@ -178,11 +178,10 @@ class Deidentifier:
             _refuse(Reason.UNSUPPORTED_OBJECT, "pixel data did not survive being written", "the same bytes")
         leaks = phi.find_leaks(original, reread, file_name=name, kept_keywords=self.kept_keywords)
         if leaks:
+            more = f" and {len(leaks) - 8} more" if len(leaks) > 8 else ""
             raise PhiError(
-                "identifying text is left after de-identification",
+                f"identifying text is left after de-identification in {', '.join(leaks[:8])}{more}",
                 reason=Reason.PHI_FOUND,
-                expected="none",
-                got=", ".join(leaks[:8]) + (f" and {len(leaks) - 8} more" if len(leaks) > 8 else ""),
                 next_step="see `radloop quarantine show`; correct the attribute in the source or purge the instance",
             )
 
@@ -315,7 +314,8 @@ def _check(ds: Dataset, key_id: str) -> tuple[str, str]:
     """Transfer syntax and IOD of an instance that can be made safe; raises DicomError for any other."""
     syntax = _text(getattr(ds, "file_meta", None) or Dataset(), "TransferSyntaxUID")
     if syntax not in TRANSFER_SYNTAXES:
-        _refuse(Reason.UNKNOWN_TRANSFER_SYNTAX, "the transfer syntax is not supported", "a still-image syntax", syntax)
+        shown = syntax if re.fullmatch(r"[0-9.]{1,64}", syntax) else "none"
+        _refuse(Reason.UNKNOWN_TRANSFER_SYNTAX, "the transfer syntax is not supported", "a still-image syntax", shown)
     for keyword in ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID"):
         if not _text(ds, keyword):
             _refuse(Reason.MISSING_UID, f"{keyword} is missing or empty", "a UID")
@@ -339,10 +339,10 @@ def _refuse(reason: Reason, what: str, expected: str, got: str | None = None) ->
 
 
 def _vr(element: DataElement | RawDataElement) -> str:
-    if element.VR is not None and element.VR != "UN":
-        return element.VR
-    entry = DicomDictionary.get(int(element.tag))
-    return "UN" if entry is None else entry[0].split(" or ")[-1]  # "US or SS": either will do here
+    vr = element.VR
+    if vr is None or vr == "UN":
+        vr = DicomDictionary.get(int(element.tag), ("UN",))[0]
+    return vr.split(" or ")[-1]  # "US or SS": either will do here
 
 
 def _values(element: DataElement) -> list[str]:

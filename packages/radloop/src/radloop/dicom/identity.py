@@ -146,7 +146,7 @@ class Crosswalk:
                 query = "SELECT value FROM identity WHERE kind = ? AND pseudonym = ?"
                 row = self._open().execute(query, (kind.value, pseudonym)).fetchone()
                 if row is not None:
-                    found[pseudonym] = msgspec.json.decode(cipher.decrypt(row[0]), type=dict[str, str])
+                    found[pseudonym] = _decrypted(cipher, row[0])
         return found
 
     def count(self) -> int:
@@ -224,6 +224,16 @@ def _transaction(database: sqlite3.Connection) -> Iterator[None]:
             database.execute("ROLLBACK")
         raise
     database.execute("COMMIT")
+
+
+def _decrypted(cipher: MultiFernet, value: bytes) -> dict[str, str]:
+    try:
+        return msgspec.json.decode(cipher.decrypt(value), type=dict[str, str])
+    except InvalidToken:
+        raise SettingsError(
+            "a value in the crosswalk is damaged, or was encrypted with another key",
+            next_step="restore identity/crosswalk.db from a backup",
+        ) from None
 
 
 def _cipher(key: bytes) -> Fernet:

@@ -191,7 +191,8 @@ class Landing:
             series_uid=pseudonym.uid(header.series_uid),
             patient=pseudonym.patient(header.patient_id, issuer),
             key_id=pseudonym.key_id,
-            accession_key=pseudonym.accession(header.accession, issuer) if header.accession else None,
+            # The site numbers its studies, whoever issued the patient's identifier.
+            accession_key=pseudonym.accession(header.accession, arrival.site) if header.accession else None,
             file_key=pseudonym.file(arrival.relative_path) if arrival.relative_path else None,
             site=arrival.site,
             sender=arrival.sender,

@@ -25,7 +25,6 @@ from functools import lru_cache
 from typing import Any
 
 from pydicom._dicom_dict import DicomDictionary
-from pydicom.datadict import keyword_for_tag
 from pydicom.dataset import Dataset
 from pydicom.encaps import generate_fragments
 from pydicom.tag import BaseTag
@@ -96,7 +95,7 @@ def find_leaks(original: Dataset, output: Dataset, *, file_name: str, kept_keywo
 def _needles(original: Dataset, kept: Set[str]) -> _Needles:
     needles, rows = _Needles(), table()
     for _, tag, vr, ds in _walk(original):
-        keyword = keyword_for_tag(tag)
+        keyword = _keyword(tag)
         row = rows.get(int(tag))
         if vr in ("DA", "DT"):
             _add_dates(needles, keyword, _strings(ds, tag))
@@ -195,7 +194,7 @@ _MONTHS = str.split("january february march april may june july august september
 def _leaks(tag: BaseTag, vr: str, ds: Dataset, path: str, needles: _Needles, day_shift: timedelta | None) -> bool:
     if tag.is_private or tag.group & 0xFF00 in (0x5000, 0x6000):
         return True  # nothing of the kind may be there at all
-    keyword = keyword_for_tag(tag)
+    keyword = _keyword(tag)
     if vr in ("DA", "DT"):
         return any(_same_date(v[:8], keyword, needles, day_shift) for v in _strings(ds, tag))
     if vr == "UI":
@@ -391,9 +390,9 @@ def _decodings(value: bytes) -> Iterator[str]:
 
 def _walk(ds: Dataset, path: str = "") -> Iterator[tuple[str, BaseTag, str, Dataset]]:
     """Every element of a data set and of its sequences: path, tag, VR, and the item that holds it."""
-    for tag in sorted(ds.keys()):
+    for tag in list(ds.keys()):
         vr = _vr(ds, tag)
-        here = path + (keyword_for_tag(tag) or str(tag))
+        here = path + (_keyword(tag) or str(tag))
         if vr != "SQ":
             yield here, tag, vr, ds
             continue
@@ -407,12 +406,16 @@ def _walk(ds: Dataset, path: str = "") -> Iterator[tuple[str, BaseTag, str, Data
             yield from _walk(item, f"{here}[{number}].")
 
 
+def _keyword(tag: BaseTag) -> str:
+    entry = DicomDictionary.get(int(tag))
+    return "" if entry is None else entry[4]
+
+
 def _vr(ds: Dataset, tag: BaseTag) -> str:
     vr = ds.get_item(tag, keep_deferred=True).VR
     if vr is None or vr == "UN":
-        entry = DicomDictionary.get(int(tag))
-        return "UN" if entry is None else entry[0].split(" or ")[-1]
-    return str(vr)
+        vr = DicomDictionary.get(int(tag), ("UN",))[0]
+    return vr.split(" or ")[-1]
 
 
 def _strings(ds: Dataset, tag: BaseTag) -> list[str]:

@@ -40,7 +40,7 @@ KEPT_TEXT = frozenset(
     Manufacturer ManufacturerModelName SoftwareVersions DetectorManufacturerName DetectorManufacturerModelName
     SecondaryCaptureDeviceManufacturer SecondaryCaptureDeviceManufacturerModelName
     SecondaryCaptureDeviceSoftwareVersions ConvolutionKernel FilterType SequenceName PulseSequenceName
-    ReceiveCoilName TransmitCoilName ImagedNucleus RescaleType ModalityLUTType
+    ReceiveCoilName TransmitCoilName ImagedNucleus RescaleType ModalityLUTType StackID
     """)
 )
 CODE_TEXT = frozenset(str.split("CodeValue CodingSchemeDesignator CodingSchemeVersion CodeMeaning LongCodeValue"))

@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom import Dataset
 from pydicom.pixels.utils import pixel_array
+from pydicom.uid import RLELossless
 
 from radloop.errors import DicomError
+from radloop.imaging import sandbox
 
 Pixels = NDArray[np.integer[Any]]
 
@@ -51,15 +53,7 @@ def decode(ds: Dataset) -> Pixels:
             PIXELS_UNDECODABLE. Messages carry no attribute value that could identify a patient.
     """
     _check_decodable(ds)
-    try:
-        array = pixel_array(ds, raw=True)
-    except Exception as error:  # noqa: BLE001 - decoders raise whatever they like on broken streams
-        raise DicomError(
-            "the pixel data cannot be decoded",
-            reason="PIXELS_UNDECODABLE",
-            expected="pixel data as Rows, Columns, BitsAllocated and the transfer syntax promise",
-            got=f"{type(error).__name__} from the decoder",
-        ) from None
+    array = stored(ds)
     if array.ndim != 2 or array.dtype.kind not in "ui":
         raise DicomError(
             "the pixel data is no plane of integers",
@@ -68,6 +62,32 @@ def decode(ds: Dataset) -> Pixels:
             got=f"{array.shape} of {array.dtype}",
         )
     return array.astype(array.dtype.newbyteorder("<"), copy=False)
+
+
+def stored(ds: Dataset) -> NDArray[Any]:
+    """The stored values of any pixel data: `([frames,] rows, columns[, samples])`, colour as encoded.
+
+    Native and RLE data are read here, whatever needs a codec in a child process (`sandbox`), which may crash. Nobody
+    in radloop calls a codec in another way.
+
+    Raises:
+        DicomError: reason PIXELS_UNDECODABLE.
+    """
+    try:
+        syntax = ds.file_meta.TransferSyntaxUID
+        if syntax.is_compressed and syntax != RLELossless:
+            return sandbox.decode(ds)
+        return pixel_array(ds, raw=True)
+    except sandbox.Undecodable as error:
+        got = str(error)
+    except Exception as error:  # noqa: BLE001 - decoders raise whatever they like on broken data
+        got = f"{type(error).__name__} from the decoder"
+    raise DicomError(
+        "the pixel data cannot be decoded",
+        reason="PIXELS_UNDECODABLE",
+        expected="pixel data as Rows, Columns, BitsAllocated and the transfer syntax promise",
+        got=got,
+    )
 
 
 def _check_decodable(ds: Dataset) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydicom import Dataset
 
 from radloop.errors import DicomError, SettingsError
-from radloop.imaging import pixels
+from radloop.imaging import pixels, sandbox
 from radloop.imaging.pixels import MAX_SIDE, Pixels
 
 
@@ -53,7 +53,7 @@ class Preprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) of the parameters and of the source of this module and of `pixels`."""
+        """SHA-256 (hex) of the parameters and of the source of this module, `pixels` and `sandbox`."""
         return hashlib.sha256(msgspec.json.encode(self, order="deterministic") + _source()).hexdigest()
 
     def native(
@@ -221,6 +221,6 @@ def _hounsfield(array: Pixels, slope: float | None, intercept: float | None) -> 
 
 @functools.cache
 def _source() -> bytes:
-    """Digest of the two modules that make the pixels; line ends do not count."""
-    files = (Path(pixels.__file__), Path(__file__))
+    """Digests of the modules that make the pixels; line ends do not count."""
+    files = (Path(sandbox.__file__), Path(pixels.__file__), Path(__file__))
     return b"".join(hashlib.sha256(f.read_bytes().replace(b"\r\n", b"\n")).digest() for f in files)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -314,7 +315,7 @@ class Packaged:
         try:
             with np.load(self.folder / "reference.npz", allow_pickle=False) as stored:
                 native, expected = stored["native"], stored["logits"]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ArtifactError("a package cannot be read", expected="reference.npz", got=str(error)) from None
         got = self.logits(self.preprocessing.windowed(native))
         difference = float(np.abs(got - expected).max())

@@ -129,7 +129,8 @@ def proportion(interval: Interval, patients: int) -> Interval:
     from scipy.stats import binomtest
 
     wilson = binomtest(round(interval.value * patients), patients).proportion_ci(LEVEL, method="wilson")
-    return Interval(interval.value, min(wilson.low, interval.value), max(wilson.high, interval.value), "wilson")
+    lower, upper = float(wilson.low), float(wilson.high)
+    return Interval(interval.value, min(lower, interval.value), max(upper, interval.value), "wilson")
 
 
 def area(interval: Interval, positive: int, negative: int) -> Interval:

@@ -149,20 +149,20 @@ def population(rows: Iterable[Mapping[str, Any]]) -> Population:
     """A population from manifest rows or rows of the prediction log.
 
     Args:
-        rows: each with `patient`, `sop_uid`, `site`, and any of `probability`, `f_*` and the tags named above, flat or
+        rows: each with `patient`, `sop_uid`, and any of `site`, `probability`, `f_*` and the tags named above, flat or
             inside mappings `features` and `tags`. Other keys are ignored, and so is a feature that only one of two
             populations has as a key. An image that stands in several rows (sent twice, retried) counts once.
 
     Raises:
-        DataError: a row without patient, sop_uid or site.
+        DataError: a row without patient or sop_uid.
     """
     flat: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
         merged = {**(row.get("tags") or {}), **(row.get("features") or {}), **row}
-        missing = [key for key in ("patient", "sop_uid", "site") if not merged.get(key)]
+        missing = [key for key in ("patient", "sop_uid") if not merged.get(key)]
         if missing:
             raise DataError(
-                "a row cannot be compared", expected="patient, sop_uid and site", got=f"no {', '.join(missing)}"
+                "a row cannot be compared", expected="patient and sop_uid", got=f"no {' and no '.join(missing)}"
             )
         key = (str(merged["patient"]), str(merged["sop_uid"]))
         if key not in flat or _order(merged) < _order(flat[key]):
@@ -172,7 +172,7 @@ def population(rows: Iterable[Mapping[str, Any]]) -> Population:
     numeric = sorted(n for n in names if n in NUMERIC_TAGS or n == PROBABILITY or n.startswith("f_"))
     return Population(
         patients=np.array([str(row["patient"]) for row in ordered], dtype=str),
-        sites=np.array([str(row["site"]) for row in ordered], dtype=str),
+        sites=np.array([_text(row.get("site")) for row in ordered], dtype=str),
         numeric={name: np.array([_number(name, row) for row in ordered], dtype=np.float64) for name in numeric},
         categorical={
             name: np.array([_text(row.get(name)) for row in ordered], dtype=str)

@@ -39,6 +39,17 @@ class Reference(msgspec.Struct, frozen=True):
     label_definition: str = ""
 
 
+def reference_of(evaluation: Mapping[str, Any], *, label_definition: str = "") -> Reference:
+    """The reference in an evaluation.json: AUC and prevalence of the test part, and the sites that were in it."""
+    area, test = evaluation["metrics"]["auc"], evaluation["parts"]["test"]
+    return Reference(
+        auc=msgspec.convert(area, Interval),
+        prevalence=test["positive"] / max(1, test["images"]),
+        sites=sorted(row["value"] for row in evaluation["subgroups"] if row["factor"] == "site"),
+        label_definition=label_definition,
+    )
+
+
 class ScopePerformance(msgspec.Struct, frozen=True):
     """One site, or all pooled (scope "*"). Figures are None where the evidence is insufficient."""
 
@@ -117,7 +128,7 @@ def _join(predictions: Iterable[Mapping[str, Any]], labels: Mapping[str, int]) -
         raise DataError("a label that is neither 0 nor 1", expected="0 or 1", got=f"{len(wrong)} other values")
     latest: dict[str, Mapping[str, Any]] = {}
     for row in predictions:
-        missing = [key for key in ("sop_uid", "patient", "site", "probability") if row.get(key) is None]
+        missing = [key for key in ("sop_uid", "patient", "probability") if row.get(key) is None]
         if missing:
             raise DataError(
                 "a prediction cannot be judged", expected="sop_uid, patient, site, probability", got=f"no {missing[0]}"
@@ -126,7 +137,7 @@ def _join(predictions: Iterable[Mapping[str, Any]], labels: Mapping[str, int]) -
     ordered = [latest[uid] for uid in sorted(latest)]
     return _Cases(
         patients=np.array([str(row["patient"]) for row in ordered], dtype=str),
-        sites=np.array([str(row["site"]) for row in ordered], dtype=str),
+        sites=np.array([str(row.get("site") or "(absent)") for row in ordered], dtype=str),
         probability=np.array([row["probability"] for row in ordered], dtype=np.float64),
         label=np.array([labels.get(uid, -1) for uid in sorted(latest)], dtype=np.int8),
     )

@@ -80,7 +80,7 @@ def two_histograms(
     width, height, base = 200, 114, 90
     if not numeric and len(reference) > 6:  # the commonest categories; the rest would not be legible
         kept = sorted(range(len(reference)), key=lambda i: -max(reference[i], window[i]))[:6]
-        bins, reference, window = ([values[i] for i in kept] for values in (bins, reference, window))  # type: ignore[assignment]
+        bins, reference, window = [bins[i] for i in kept], [reference[i] for i in kept], [window[i] for i in kept]
     number = max(1, len(reference))
     top = max([*reference, *window, 1e-9])
     step = (width - 8) / number
@@ -92,7 +92,7 @@ def two_histograms(
         parts.append(_bar(x + (step - inner) / 2, base, inner, new / top * 78, "window", text))
         parts.append(_bar(x + (step - inner) / 2, base, inner, old / top * 78, "reference", text))
         if not numeric:
-            limit = max(3, int(step / 6.4))
+            limit = max(3, int(step / 7.4))
             name = bins[i] if len(bins[i]) <= limit else bins[i][: limit - 1] + "…"
             parts.append(_label(x + step / 2, base + 16, name, "tick middle"))
     parts.append(Markup('<path class="axis" d="M4 {}H{}"/>').format(base, width - 4))
@@ -107,7 +107,7 @@ def flow(steps: Sequence[Mapping[str, Any]], ends: Sequence[Mapping[str, Any]], 
 
     Args:
         steps: each `name`, `count`, `lost` (the sum of what did not go on).
-        ends: the last step's parts, each `name` and `count`.
+        ends: the last step's parts, each `name` and `count`; those `apart` are shown beside, without a ribbon.
         title: read aloud in place of the figure.
     """
     columns = len(steps) + (1 if ends else 0)
@@ -132,24 +132,29 @@ def flow(steps: Sequence[Mapping[str, Any]], ends: Sequence[Mapping[str, Any]], 
         parts.append(_block(at[i], top, bar, tall_here))
         parts.append(_label(at[i], 20, str(step["name"]), "tick"))
         parts.append(_label(at[i], 41, f"{int(step['count']):,}", "count"))
-    parts += _fan(ends, at[-1], at[-2] + bar if columns > 1 else 0, top, tall / largest, bar) if ends else []
+    if ends:
+        drawn, bottom = _fan(ends, at[-1], at[-2] + bar if columns > 1 else 0, top, tall / largest, bar)
+        parts, height = parts + drawn, max(height, round(bottom))
     return _svg(width, height, title, parts)
 
 
-def _fan(ends: Sequence[Mapping[str, Any]], x: float, start: float, top: float, scale: float, bar: int) -> list[Markup]:
-    """The parts of the last step, spread over the height so that their labels do not meet."""
+def _fan(
+    ends: Sequence[Mapping[str, Any]], x: float, start: float, top: float, scale: float, bar: int
+) -> tuple[list[Markup], float]:
+    """The parts of the last step, spread over the height so that their labels do not meet; and where they end."""
     parts: list[Markup] = []
     leaving, y = top, top
     for end in ends:
         thick = max(2.0, float(end["count"]) * scale)
-        parts.append(_ribbon(start, leaving, leaving + thick, x, y, y + thick, "flow"))
+        if not end.get("apart"):
+            parts.append(_ribbon(start, leaving, leaving + thick, x, y, y + thick, "flow"))
+            leaving += thick
         parts.append(_block(x, y, bar, thick))
         middle = y + thick / 2
         parts.append(_label(x + bar + 6, middle - 2, str(end["name"]), "tick"))
         parts.append(_label(x + bar + 6, middle + 15, f"{int(end['count']):,}", "count small"))
-        leaving += thick
         y += max(thick, 32) + 10
-    return parts
+    return parts, y
 
 
 def _ribbon(x1: float, top1: float, low1: float, x2: float, top2: float, low2: float, style: str) -> Markup:

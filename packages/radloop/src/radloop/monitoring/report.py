@@ -97,7 +97,7 @@ class Validation(TypedDict, total=False):
     summary: dict[str, Any]  # summary.json of the stage validate
     anomalies: list[dict[str, Any]]  # anomalies.json
     statistics: dict[str, Any]  # statistics.json
-    drift: dict[str, Any]  # drift.json
+    comparisons: dict[str, Any]  # drift.json: this version against the one before
 
 
 class Split(TypedDict, total=False):
@@ -107,12 +107,24 @@ class Split(TypedDict, total=False):
     leakage: Any
 
 
+class Example(TypedDict, total=False):
+    """One test image beside its saliency map, as one picture: PNG or JPEG bytes, or the path of such a file.
+
+    `outcome` is TP, FP, FN or TN.
+    """
+
+    image: bytes | str | Path
+    outcome: str
+    probability: float
+    caption: str
+
+
 class ModelVersion(TypedDict, total=False):
     """One trained model, oldest first.
 
-    `evaluation` is `learning.evaluate.Evaluation` or evaluation.json, `folder` where it lies (for its example
-    images), `gates` a list of `learning.gates.Gate`, `alias` champion, challenger, previous or empty, `dataset` a
-    version number.
+    `evaluation` is `learning.evaluate.Evaluation` or evaluation.json, `gates` a list of `learning.gates.Gate`, `alias`
+    champion, challenger, previous or empty, `dataset` a version number. Example images: either `folder`, where the
+    evaluation lies, or `examples`.
     """
 
     version: str
@@ -121,19 +133,8 @@ class ModelVersion(TypedDict, total=False):
     alias: str
     evaluation: Any
     folder: str | Path
+    examples: list[Example]
     gates: Any
-
-
-class Example(TypedDict, total=False):
-    """One test image beside its saliency map, as one picture: PNG or JPEG bytes, or the path of such a file.
-
-    Needed only where `ModelVersion.folder` is not given. `outcome` is TP, FP, FN or TN.
-    """
-
-    image: bytes | str | Path
-    outcome: str
-    probability: float
-    caption: str
 
 
 class RolloutStep(TypedDict, total=False):
@@ -235,7 +236,7 @@ def render(data: ReportData) -> str:
     Raises:
         DataError: an image that is no PNG or JPEG, or a file of it that cannot be read.
     """
-    plain = msgspec.to_builtins(data, builtin_types=(bytes,), enc_hook=_plain)
+    plain = _tidy(msgspec.to_builtins(data, builtin_types=(bytes,), enc_hook=_plain))
     context = views.page(plain)
     context["examples"] = [
         {**example, "image": _data_uri(example["image"])} for example in context["examples"] if example.get("image")
@@ -306,6 +307,16 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"a report cannot hold a {type(value).__name__}")
 
 
+def _tidy(value: Any) -> Any:
+    """Fields that hold nothing, or no number, are left out: absent is then one thing for the template."""
+    if isinstance(value, dict):
+        kept = {key: _tidy(one) for key, one in value.items()}
+        return {key: one for key, one in kept.items() if not (one is None or (isinstance(one, float) and _absent(one)))}
+    if isinstance(value, list | tuple):
+        return [_tidy(one) for one in value]
+    return value
+
+
 def _absent(value: Any) -> bool:
     return not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value)
 
@@ -325,12 +336,13 @@ def _percent(value: Any) -> str:
 
 
 def _interval(figure: Any, digits: int = 3) -> str:
-    """`{"value", "lower", "upper"}` in words."""
+    """`{"value", "lower", "upper"}` (or low and high, as the judge says) in words."""
     if not isinstance(figure, Mapping) or _absent(figure.get("value")):
         return "–"
-    if _absent(figure.get("lower")) or _absent(figure.get("upper")):
+    lower, upper = figure.get("lower", figure.get("low")), figure.get("upper", figure.get("high"))
+    if _absent(lower) or _absent(upper):
         return f"{_figure(figure['value'], digits)} (no interval)"
-    low, high = _figure(figure["lower"], digits), _figure(figure["upper"], digits)
+    low, high = _figure(lower, digits), _figure(upper, digits)
     return f"{_figure(figure['value'], digits)} ({low} to {high})"
 
 

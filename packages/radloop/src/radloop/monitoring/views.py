@@ -66,7 +66,13 @@ def page(data: Plain) -> dict[str, Any]:
     newest = next((m for m in reversed(models) if m.get("evaluation")), {})
     before = next((m for m in reversed(models) if m.get("evaluation") and m is not newest), {})
     examples = list(data.get("examples") or []) or _examples(newest)
-    there = {**data, "examples": examples, "alerts": data.get("alerts") or data.get("label_requests")}
+    flow = _flow(data.get("flow") or {})
+    there = {
+        **data,
+        "flow": flow["steps"],
+        "examples": examples,
+        "alerts": data.get("alerts") or data.get("label_requests"),
+    }
     if models and not newest:
         there["models"] = None
     sections = [
@@ -82,7 +88,8 @@ def page(data: Plain) -> dict[str, Any]:
         "newest": newest,
         "evaluation": newest.get("evaluation") or {},
         "examples": examples,
-        "plots": _plots(data, newest, before),
+        "flow": flow,
+        "plots": _plots(flow, newest, before),
         "metrics": _metrics(newest, before),
         "subgroups": _subgroups(newest),
         "drift_view": _drift(data.get("drift") or {}),
@@ -109,9 +116,9 @@ def status(data: Plain, models: Sequence[Plain]) -> dict[str, Any]:
 def tiles(data: Plain, newest: Plain) -> list[dict[str, Any]]:
     """The figures at the top of the page; only those there are."""
     found: list[dict[str, Any]] = []
-    steps = (data.get("flow") or {}).get("steps") or []
+    steps = _flow(data.get("flow") or {})["steps"]
     if steps:
-        found.append({"name": "Instances received", "value": f"{steps[0].get('count', 0):,}", "note": ""})
+        found.append({"name": "Instances received", "value": f"{steps[0]['count']:,}", "note": ""})
     versions = data.get("datasets") or []
     if versions:
         counts = versions[-1].get("counts") or {}
@@ -149,18 +156,15 @@ def _examples(newest: Plain) -> list[dict[str, Any]]:
     """The newest evaluation's own example images, where its folder is known."""
     folder, evaluation = newest.get("folder"), newest.get("evaluation") or {}
     if not folder:
-        return []
+        return list(newest.get("examples") or [])
     return [{**one, "image": f"{folder}/{one['file']}"} for one in evaluation.get("examples") or [] if one.get("file")]
 
 
-def _plots(data: Plain, newest: Plain, before: Plain) -> dict[str, Markup]:
+def _plots(flow: Plain, newest: Plain, before: Plain) -> dict[str, Markup]:
     made: dict[str, Markup] = {}
-    flow = data.get("flow") or {}
-    if flow.get("steps"):
-        steps = [{**s, **_lost(s)} for s in flow["steps"]]
-        made["flow"] = plots.flow(
-            steps, flow.get("ends") or [], title="Instances from step to step; the list has it too"
-        )
+    if flow["steps"]:
+        steps = [{**step, **_lost(step)} for step in flow["steps"]]
+        made["flow"] = plots.flow(steps, flow["ends"], title="Instances from step to step; a table below has the same")
     evaluation = newest.get("evaluation") or {}
     if evaluation.get("roc"):
         older = (before.get("evaluation") or {}).get("roc")
@@ -171,6 +175,22 @@ def _plots(data: Plain, newest: Plain, before: Plain) -> dict[str, Markup]:
         bins = [{"predicted": p, "observed": o, "count": c} for p, o, c in evaluation["reliability"]]
         made["calibration"] = plots.calibration(bins, title="Reliability diagram: predicted against observed share")
     return made
+
+
+def _flow(flow: Plain) -> dict[str, Any]:
+    """Steps and ends, each with name, count and lost; an end that the last step cannot hold stands apart from it."""
+    shown: dict[str, Any] = {
+        key: [
+            {"name": str(row.get("name", "–")), "count": int(row.get("count") or 0), "lost": row.get("lost") or []}
+            for row in flow.get(key) or []
+        ]
+        for key in ("steps", "ends")
+    }
+    left = shown["steps"][-1]["count"] if shown["steps"] else 0
+    for end in shown["ends"]:
+        end["apart"] = end["count"] > left
+        left -= 0 if end["apart"] else end["count"]
+    return shown
 
 
 def _lost(step: Plain) -> dict[str, Any]:
@@ -224,7 +244,8 @@ def _drift(drift: Plain) -> dict[str, Any]:
     features: dict[str, dict[str, Any]] = {}
     for when, scope in shown.items():
         for feature in (scope or {}).get("features") or []:
-            features.setdefault(str(feature.get("feature")), {})[when] = feature
+            if {"feature", "effect", "p_adjusted"} <= feature.keys():
+                features.setdefault(str(feature["feature"]), {})[when] = feature
     rows = [{"feature": name, **both} for name, both in features.items()]
     rows.sort(key=lambda row: -max(float((row.get(w) or {}).get("effect") or 0) for w in ("before", "after")))
     return {
@@ -251,15 +272,17 @@ def _scope(report: Plain, like: Plain | None = None) -> Plain | None:
 def _histograms(row: Plain) -> dict[str, Any]:
     drawn = {}
     for when in ("before", "after"):
-        feature = row.get(when)
-        if feature:
+        feature = row.get(when) or {}
+        numeric = feature.get("test") == "Kolmogorov-Smirnov"
+        bars = len(feature.get("reference_shares") or [])
+        if bars and bars == len(feature.get("window_shares") or []) == len(feature.get("bins") or []) - numeric:
             drawn[when] = plots.two_histograms(
-                [str(edge) for edge in feature.get("bins") or []],
-                feature.get("reference_shares") or [],
-                feature.get("window_shares") or [],
+                [str(edge) for edge in feature["bins"]],
+                feature["reference_shares"],
+                feature["window_shares"],
                 title=f"{row['feature']}, {when}: reference {feature.get('reference_summary')}, "
                 f"window {feature.get('window_summary')}",
-                numeric=feature.get("test") == "Kolmogorov-Smirnov",
+                numeric=numeric,
             )
     return {"feature": row["feature"], **drawn}
 

@@ -188,16 +188,17 @@ class Envoy(msgspec.Struct):
         return None
 
     def in_effect(self) -> tuple[str, str]:
-        """Versions of the clusters (none of them warming any more) and of the routes that Envoy works by."""
-        dump = self._get("/config_dump")
-        clusters = routes = ""
-        for part in dump.get("configs", ()):
-            if part["@type"].endswith("ClustersConfigDump") and not part.get("dynamic_warming_clusters"):
-                clusters = part.get("version_info", "")
-            if part["@type"].endswith("RoutesConfigDump"):
-                for config in part.get("dynamic_route_configs", ()):
-                    routes = config.get("version_info", "")
-        return clusters, routes
+        """Versions of the clusters ("" while any is warming) and of the routes that Envoy works by.
+
+        From its statistics: the configuration dump keeps the former version when the new one changes nothing.
+        """
+        admin = self.admin()
+        body = b"" if admin is None else get(admin, "/stats?filter=version_text|warming_clusters")[1]
+        stats = dict(line.split(": ", 1) for line in body.decode().splitlines() if ": " in line)
+        warming = stats.get("cluster_manager.warming_clusters", "1") != "0"
+        clusters = "" if warming else stats.get("cluster_manager.cds.version_text", "")
+        routes = stats.get(f"http.gateway.rds.{gateway.ROUTE_CONFIG}.version_text", "")
+        return clusters.strip('"'), routes.strip('"')
 
     def healthy(self) -> set[str]:
         """Names of the clusters all of whose hosts pass the health check."""

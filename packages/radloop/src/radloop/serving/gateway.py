@@ -36,7 +36,8 @@ MAX_BODY_BYTES = 64 * 1024 * 1024
 REQUEST_TIMEOUT_S = 60
 UPSTREAM_IDLE_S = 30
 _TYPE = "type.googleapis.com/envoy"
-_ROUTE_CONFIG = "radloop"
+ROUTE_CONFIG = "radloop"
+_CIRCUIT_BREAKERS = {"thresholds": [{"max_pending_requests": 4096, "max_requests": 4096, "max_retries": 1000}]}
 
 
 class Upstream(msgspec.Struct, frozen=True):
@@ -144,7 +145,7 @@ def route_configuration(routes: Routes) -> dict[str, Any]:
     in_play = [(CHAMPION_HEADER, routes.champion), (CHALLENGER_HEADER, routes.challenger)]
     host["request_headers_to_add"] = [_header(name, up.model_digest) for name, up in in_play if up is not None]
     host["request_headers_to_remove"] += [name for name, up in in_play if up is None]
-    return {"name": _ROUTE_CONFIG, "virtual_hosts": [host]}
+    return {"name": ROUTE_CONFIG, "virtual_hosts": [host]}
 
 
 def write_clusters(config: Path, version: str, *several: Routes) -> None:
@@ -247,7 +248,7 @@ def _cluster(upstream: Upstream) -> dict[str, Any]:
         "per_connection_buffer_limit_bytes": MAX_BODY_BYTES,
         "typed_extension_protocol_options": {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": _idle()},
         "load_assignment": {"cluster_name": upstream.cluster, "endpoints": [{"lb_endpoints": [endpoint]}]},
-        "circuit_breakers": {"thresholds": [{"max_pending_requests": 4096, "max_requests": 4096, "max_retries": 1000}]},
+        "circuit_breakers": _CIRCUIT_BREAKERS,
         "health_checks": [
             {
                 "timeout": "2s",
@@ -276,6 +277,7 @@ def _aggregate(first: Upstream, then: Upstream) -> dict[str, Any]:
         "name": _aggregate_name(first),
         "connect_timeout": "1s",
         "lb_policy": "CLUSTER_PROVIDED",
+        "circuit_breakers": _CIRCUIT_BREAKERS,  # a retry is counted here, and 3 at once are the default
         "cluster_type": {
             "name": "envoy.clusters.aggregate",
             "typed_config": {"@type": config, "clusters": [first.cluster, then.cluster]},
@@ -301,4 +303,4 @@ def _watched(config: Path, name: str) -> dict[str, Any]:
 
 
 def _rds(config: Path) -> dict[str, Any]:
-    return {"route_config_name": _ROUTE_CONFIG, "config_source": _watched(config, "rds.json")}
+    return {"route_config_name": ROUTE_CONFIG, "config_source": _watched(config, "rds.json")}

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+
+from radloop.catalog import migrations, schema
+from radloop.catalog.database import SCHEMA_VERSIONS, Database, StorageFull, storage_errors
+from radloop.catalog.store import Catalog
+from radloop.errors import SettingsError
+
+
+def _url(home: Path) -> str:
+    return f"sqlite:///{home}/catalog.db"
+
+
+def test_migrations_lead_to_the_schema_that_the_code_uses(home: Path) -> None:
+    """If this failed, an upgraded catalog and a new one would differ, and a column would be missing in one of them."""
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+    from alembic.script import ScriptDirectory
+
+    with Catalog(_url(home)) as catalog, catalog._read() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), schema.metadata) == []
+    script = ScriptDirectory.from_config(migrations.config())
+    assert script.get_heads() == [SCHEMA_VERSIONS[-1]]
+    assert tuple(reversed([r.revision for r in script.walk_revisions()])) == SCHEMA_VERSIONS
+
+
+def test_a_newer_schema_is_refused_with_both_versions(home: Path) -> None:
+    """If this failed, an old radloop would write into a catalog that it does not understand."""
+    Catalog(_url(home)).close()
+    with sqlite3.connect(home / "catalog.db") as database:
+        database.execute("UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(SettingsError, match=f"newer radloop\n.*{SCHEMA_VERSIONS[-1]}.*\n.*9999"):
+        Catalog(_url(home))
+
+
+def test_opening_a_catalog_at_head_does_not_import_alembic(home: Path) -> None:
+    """If this failed, every command and every stage would pay a second for migrations that are not needed."""
+    Catalog(_url(home)).close()
+    code = (
+        "import sys; from radloop.catalog.store import Catalog; Catalog(sys.argv[1]).close(); "
+        "sys.exit('alembic' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, _url(home)], check=False, timeout=60).returncode == 0
+
+
+def test_a_commit_survives_a_power_cut_and_nobody_else_reads_it(home: Path) -> None:
+    """If this failed, C-STORE would have answered Success for what a power cut loses."""
+    with Catalog(_url(home)) as catalog, catalog._read() as connection:
+        assert connection.execute(text("PRAGMA journal_mode")).scalar() == "wal"
+        assert connection.execute(text("PRAGMA synchronous")).scalar() == 2  # FULL
+        assert connection.execute(text("PRAGMA foreign_keys")).scalar() == 1
+        assert connection.execute(text("PRAGMA busy_timeout")).scalar() == 30_000
+    assert (home / "catalog.db").stat().st_mode & 0o777 == 0o600
+
+
+def test_many_processes_may_make_the_catalog_at_once(home: Path) -> None:
+    """If this failed, `radloop listen` and `radloop run` started together in a new project would break each other."""
+    code = "import sys; from radloop.catalog.store import Catalog; Catalog(sys.argv[1]).close()"
+    running = [subprocess.Popen([sys.executable, "-c", code, _url(home)]) for _ in range(3)]
+    assert [process.wait(timeout=120) for process in running] == [0, 0, 0]
+
+
+def test_a_migration_killed_before_its_commit_leaves_nothing_and_is_run_again(home: Path) -> None:
+    """If this failed, a machine switched off during an upgrade would have half a schema, and no way forth or back."""
+    child = os.fork()
+    if child == 0:
+        done = migrations.upgrade
+
+        def upgrade_and_die(connection: object) -> None:
+            done(connection)  # type: ignore[arg-type]
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        migrations.upgrade = upgrade_and_die
+        Catalog(_url(home))
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    with sqlite3.connect(home / "catalog.db") as database:
+        assert database.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
+    with Catalog(_url(home)) as catalog:
+        assert catalog.datasets() == []
+
+
+def test_a_forked_child_does_not_use_its_parents_connections(home: Path) -> None:
+    """If this failed, a worker process would corrupt the catalog that its parent has open."""
+    with Catalog(_url(home)) as catalog:
+        catalog.ledger.append("audit", "parent", {}, actor="test")
+        child = os.fork()
+        if child == 0:
+            worked = catalog.ledger.append("audit", "child", {}, actor="test")
+            os._exit(0 if worked else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert catalog.ledger.append("audit", "parent", {}, actor="test")
+        assert [row.subject for row in catalog.ledger.rows()] == ["parent", "child", "parent"]
+
+
+def test_writers_in_threads_wait_for_each_other(home: Path) -> None:
+    """If this failed, a listener with several associations would answer failures under load."""
+    with Catalog(_url(home)) as catalog:
+
+        def append(number: int) -> None:
+            for step in range(20):
+                catalog.ledger.append("audit", f"{number}.{step}", {}, actor="test")
+
+        threads = [threading.Thread(target=append, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [row.seq for row in catalog.ledger.rows()] == list(range(1, 161))
+
+
+def test_a_catalog_in_memory_is_refused() -> None:
+    """If this failed, a mistyped URL would keep a hospital's index in memory, and lose it."""
+    with pytest.raises(SettingsError, match="needs a file"):
+        Database("sqlite://")
+
+
+def test_no_space_left_is_told_as_such() -> None:
+    """If this failed, a full disk would show as a stack trace of SQLAlchemy."""
+    with pytest.raises(StorageFull, match="no space left to write the catalog"), storage_errors("catalog"):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(PermissionError), storage_errors("catalog"):
+        raise PermissionError(13, "Permission denied")
