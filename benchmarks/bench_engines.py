@@ -1,9 +1,9 @@
 """What a stage costs over its bare function, on each engine of this issue.
 
-Method: a pipeline of five stages that write one small artifact each, wired in a row, on a fresh home each round; the bare functions are
-called in this process in the same rounds, A B A B. The median over the rounds, a stage. The record (request, result, events,
-artifact with fsync) is kept each time. The physical limit printed is five fsyncs of a small file in a new directory, renamed: what a
-record that survives a power cut costs at the least on this disk.
+Method: a pipeline of five stages that write one small artifact each, wired in a row, on a fresh home each round; the bare
+functions are called in this process in the same rounds, A B A B. The median over the rounds, a stage. The record (request,
+result, events, artifact with fsync) is kept each time. The physical limit printed is two fsyncs of a small file in a new
+directory, renamed: what a record that survives a power cut costs at the least on this disk.
 
     make bench ARGS="-k engines"
 """

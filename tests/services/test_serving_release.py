@@ -176,7 +176,7 @@ class Load:
         return self.answers - before
 
 
-@pytest.mark.parametrize("strategy", ["none", "single", "shadow", "canary"])
+@pytest.mark.parametrize("strategy", ["none", "single", "smoke", "shadow", "canary"])
 def test_envoy_accepts_every_configuration(strategy: str, tmp_path: Path, require_service: Callable[..., str]) -> None:
     """A configuration that Envoy refuses leaves the old routes in place, and a release hangs."""
     require_service("Envoy", "envoy")
@@ -184,6 +184,7 @@ def test_envoy_accepts_every_configuration(strategy: str, tmp_path: Path, requir
     routes = {
         "none": Routes(),
         "single": Routes(champion=champion),
+        "smoke": Routes(champion=champion, challenger=challenger),
         "shadow": Routes(champion=champion, challenger=challenger, strategy="shadow"),
         "canary": Routes(champion=champion, challenger=challenger, strategy="canary", percent=25),
     }[strategy]
@@ -395,10 +396,10 @@ def test_a_large_image_reaches_both(served: Served) -> None:
     one, two = served.model(1), served.model(2)
     served.deploy(rollout.single(served.home, one))
     served.deploy(rollout.shadow(served.home, two))
-    data = packages.dicom(3, side=3300)
-    assert len(data) > 20_000_000
+    data = packages.dicom(3, side=2400)
+    assert len(data) > 10_000_000
     assert client.predict_dicom(served.url, data, site="A", token=packages.TOKEN).version == "1"
     wait_until(lambda: len(served.rows()) == 2, what="both answers")
     [pair] = predictions.join(served.rows(), one.model_digest, two.model_digest)
-    assert pair.champion["tags"]["rows"] == 3300 and pair.challenger is not None
+    assert pair.champion["tags"]["rows"] == 2400 and pair.challenger is not None
     assert (pair.champion["served"], pair.challenger["served"]) == (True, False)

@@ -123,19 +123,19 @@ def test_errors_are_json_where_json_was_asked_for(radloop: Command) -> None:
     assert ran.json["error"]["what"] in ran.err
 
 
-def test_missing_key_names_the_backup(radloop: Command, dicom_folder: Path) -> None:
+def test_missing_key_names_the_backup(inside: Callable[..., Ran], project: Path, dicom_folder: Path) -> None:
     """A key made anew would give every known patient a second pseudonym, and put them into two parts of the split."""
-    (radloop.project / "radloop.key").unlink()
-    ran = radloop("ingest", str(dicom_folder), "--site", "site-a")
+    (project / "radloop.key").unlink()
+    ran = inside("ingest", str(dicom_folder), "--site", "site-a")
     assert ran.code == 1
     assert "restore it from your backup" in ran.err
-    assert not (radloop.project / "radloop.key").exists()
+    assert not (project / "radloop.key").exists()
 
 
-def test_key_that_others_can_read_is_refused(radloop: Command, dicom_folder: Path) -> None:
+def test_key_that_others_can_read_is_refused(inside: Callable[..., Ran], project: Path, dicom_folder: Path) -> None:
     """Whoever reads the key can tell from a list of patients who is who."""
-    (radloop.project / "radloop.key").chmod(0o644)
-    ran = radloop("ingest", str(dicom_folder), "--site", "site-a")
+    (project / "radloop.key").chmod(0o644)
+    ran = inside("ingest", str(dicom_folder), "--site", "site-a")
     assert ran.code == 1
     assert "chmod 600" in ran.err
 

@@ -24,7 +24,7 @@ def test_untyped_parameter_is_refused() -> None:
     with pytest.raises(DefinitionError, match="'count' has no type"):
 
         @stage
-        def wrong(made: Out[s.Numbers], *, count=3) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+        def wrong(made: Out[s.Numbers], *, count=3) -> None:  # type: ignore[no-untyped-def]
             """Nothing."""
 
 
@@ -118,7 +118,9 @@ _json_values = st.recursive(
 def test_any_parameters_survive_the_round_trip(params: dict[str, Any]) -> None:
     """Whatever a user's parameter holds must arrive unchanged on the other side."""
     base = loop.prepare(Settings())
-    changed = msgspec.structs.replace(base, nodes=(msgspec.structs.replace(base.nodes[0], params=params), *base.nodes[1:]))
+    changed = msgspec.structs.replace(
+        base, nodes=(msgspec.structs.replace(base.nodes[0], params=params), *base.nodes[1:])
+    )
     assert read_pipeline(changed.to_json()) == changed
 
 

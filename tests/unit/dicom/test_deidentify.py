@@ -513,6 +513,7 @@ def clean_all(files: list[Path], target: Path) -> Counter[str]:
     return outcomes
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning:pydicom")  # what pydicom finds odd in odd files
 def test_pydicoms_own_files(tmp_path: Path) -> None:
     """Two hundred odd files of odd vendors: none may crash the cleaner, most must come through."""

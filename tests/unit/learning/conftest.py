@@ -86,7 +86,7 @@ def make(folder: Path, *, patients: int = 240, seed: int = 1, contrast: float = 
 
 def config(**changes: Any) -> train.TrainConfig:
     """A training of seconds."""
-    return train.TrainConfig(**{"epochs": 4, "batch_size": 16, "threads": 2, **changes})
+    return train.TrainConfig(**{"epochs": 4, "batch_size": 16, "threads": 1, **changes})
 
 
 @pytest.fixture(scope="session")
@@ -103,7 +103,7 @@ def trained(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     train.fit(toy.tensors, toy.table, toy.preprocessing, config(), model)
     measured = evaluate.evaluate(
         model, toy.tensors, toy.table, toy.preprocessing,
-        evaluate.EvaluateConfig(resamples=300, minimum_patients=5), out, task="disc",
+        evaluate.EvaluateConfig(resamples=300, minimum_patients=5, threads=1), out, task="disc",
     )  # fmt: skip
     inputs = package.Inputs(modalities=["CR", "DX"], size=SIZE, positive="disc", negative="no disc")
     identity = package.build(

@@ -43,7 +43,8 @@ retrain_patients_per_class = 15
 """
 _SMALL = """
 [train]
-epochs = 10
+epochs = 40
+batch_size = 12
 
 [evaluate]
 minimum_patients = 3
@@ -90,8 +91,12 @@ def register(app: typer.Typer) -> None:
             "radloop-demo"
         ),
         size: Annotated[Literal["full", "small"], typer.Option(help="600 images, or 120.")] = "full",
-        yes: Annotated[bool, typer.Option("--yes", help="Give the approvals that a person would; recorded as such.")] = False,
-        fresh: Annotated[bool, typer.Option("--fresh", help="Start afresh; without it a demo that was cut short goes on.")] = False,
+        yes: Annotated[
+            bool, typer.Option("--yes", help="Give the approvals that a person would; recorded as such.")
+        ] = False,
+        fresh: Annotated[
+            bool, typer.Option("--fresh", help="Start afresh; without it a demo that was cut short goes on.")
+        ] = False,
         json: Json = False,
     ) -> None:
         """Take a simulated hospital through the whole loop, on this machine, and write the report.
@@ -106,7 +111,7 @@ def register(app: typer.Typer) -> None:
         raise typer.Exit(told["exit"])
 
 
-class Stopped(Exception):  # noqa: N818 - not an error: the loop waits for a person or a gate refused
+class Stopped(Exception):
     """The demo ends early because a pipeline did not succeed."""
 
     def __init__(self, result: RunResult) -> None:
@@ -173,7 +178,9 @@ class Demo:
     def _open(self, fresh: bool) -> None:
         if self.folder.exists() and not self.state.exists():
             raise SettingsError(
-                "this folder is no demo project", expected="a new folder, or one of an earlier demo", got=str(self.folder)
+                "this folder is no demo project",
+                expected="a new folder, or one of an earlier demo",
+                got=str(self.folder),
             )
         known = msgspec.json.decode(self.state.read_bytes()) if self.state.exists() else None
         if known and (fresh or known["size"] != self.size):
@@ -184,7 +191,9 @@ class Demo:
         elif known and len(known["done"]) == len(self.steps):
             output.say(f"This demo is complete: {self.folder} (--fresh starts another).")
         elif known:
-            output.say(f"Going on after step {len(known['done'])} of {len(self.steps)} in {self.folder} (--fresh starts afresh).")
+            output.say(
+                f"Going on after step {len(known['done'])} of {len(self.steps)} in {self.folder} (--fresh starts afresh)."
+            )
         else:
             output.say(f"A new demo in {self.folder}.")
         if known:
@@ -235,9 +244,12 @@ tfdv = "{tfdv_python(self.folder)}"
         ready.unlink(missing_ok=True)
         command_line = [sys.executable, "-m", "radloop.cli", name, "--port", "0", "--ready-file", str(ready)]
         log = (self.folder / "serving" / f"{name}.log").open("ab")
-        with log, subprocess.Popen(
-            [*command_line, "--project", str(self.folder)], stdout=log, stderr=log, preexec_fn=_die_with_parent
-        ) as child:
+        with (
+            log,
+            subprocess.Popen(
+                [*command_line, "--project", str(self.folder)], stdout=log, stderr=log, preexec_fn=_die_with_parent
+            ) as child,
+        ):
             try:
                 yield _port(child, ready, Path(log.name))
             finally:
@@ -305,7 +317,8 @@ tfdv = "{tfdv_python(self.folder)}"
             if result.status == "succeeded":
                 return result
             subjects = self._waiting(result) if self.yes and result.status == "waiting" else []
-            if not any([self._approve(digest, result.message) for digest in subjects]):
+            new = [digest for digest in subjects if self._approve(digest, result.message)]
+            if not new:
                 raise Stopped(result)
 
     def _waiting(self, result: RunResult) -> list[str]:
@@ -341,7 +354,9 @@ tfdv = "{tfdv_python(self.folder)}"
         told = decision(self.pipeline("watch"))
         output.say(f"  {told['why']}")
         if not told["retrain"]:
-            raise EngineError("the demo's watch asked for no training", expected="drift and labels enough", got=told["why"])
+            raise EngineError(
+                "the demo's watch asked for no training", expected="drift and labels enough", got=told["why"]
+            )
 
     def release_under_traffic(self) -> None:
         """Release while the clinic goes on asking: the judge needs patients answered by both models."""
@@ -365,7 +380,9 @@ tfdv = "{tfdv_python(self.folder)}"
         seconds = round(sum(step["seconds"] for step in self.done), 1)
         output.print_table("Where the time went", ["step", "seconds"], [(s["step"], s["seconds"]) for s in self.done])
         lines = [f"{status} in {seconds:.0f} s", f"{len(datasets)} dataset versions, {len(models)} models registered"]
-        lines.append(f"{len(self.mail.messages)} mails were sent" if self.mail.messages else "no mail was sent in this run")
+        lines.append(
+            f"{len(self.mail.messages)} mails were sent" if self.mail.messages else "no mail was sent in this run"
+        )
         report = self.folder / "reports" / "report.html"
         output.say("\n" + "; ".join(lines) + f"\nreport: {report}\nnext: radloop status --project {self.folder}")
         return {
@@ -439,7 +456,7 @@ class Sink:
         self.messages: list[dict[str, str]] = []
         self.port = 0
 
-    async def handle_DATA(self, server: Any, session: Any, envelope: Any) -> str:  # noqa: ARG002 - aiosmtpd's names
+    async def handle_DATA(self, server: Any, session: Any, envelope: Any) -> str:  # noqa: N802 - aiosmtpd's name
         """Called by aiosmtpd for each mail."""
         import email
         import email.policy

@@ -14,7 +14,7 @@ import typer
 
 from radloop.artifact import file_digest
 from radloop.cli import output
-from radloop.cli.common import HERE, Json, Project, actor, catalog_at, command, group, settings_at
+from radloop.cli.common import HERE, Json, Project, actor, catalog_at, check_code, command, group, settings_at
 from radloop.errors import DataError, DicomError
 
 if TYPE_CHECKING:
@@ -73,10 +73,6 @@ def register(app: typer.Typer) -> None:
         site: Annotated[
             str | None, typer.Option("--site", metavar="CODE", help="For accession numbers: the site that gave them.")
         ] = None,
-        issuer: Annotated[
-            str | None,
-            typer.Option("--issuer", help="For accession numbers: the images' IssuerOfPatientID, where they have one."),
-        ] = None,
         by: Annotated[
             str | None, typer.Option("--by", metavar="NAME", help="Your name.", show_default="the system's user")
         ] = None,
@@ -93,7 +89,7 @@ def register(app: typer.Typer) -> None:
         with catalog_at(project) as catalog:
             told = import_file(
                 project, settings, catalog, file, key=key, key_column=key_column, value_column=value_column,
-                task=task or settings.task.name, issuer=_issuer(site, issuer, key), by=actor(by),
+                task=task or settings.task.name, site=_site(site, key), by=actor(by),
             )  # fmt: skip
         if json:
             output.print_json(told)
@@ -148,13 +144,13 @@ def import_file(
     key_column: str,
     value_column: str,
     task: str,
-    issuer: str | None,
+    site: str | None,
     by: str,
 ) -> dict[str, Any]:
     """Read, check, pseudonymise and import one file.
 
     Args:
-        issuer: of accession numbers, IssuerOfPatientID or a site code; None tries every site of the project.
+        site: that gave the accession numbers; None finds the one that knows each.
 
     Raises:
         DataError: the file cannot be read, a column is missing, a value is unknown, a key has two values or none, or an
@@ -169,10 +165,10 @@ def import_file(
         _check_uids(valued, key_column)
     values = _values(valued, value_column, settings if task == settings.task.name else None)
     key_of = _key_function(pseudonymiser(project, settings.deidentify.key), key)
-    if key is Key.ACCESSION and issuer is None:
+    if key is Key.ACCESSION and site is None:
         keys = _accession_keys(catalog, settings, valued, pseudonymiser(project, settings.deidentify.key), key_column)
     else:
-        keys = _keys(valued, lambda text: key_of(text, issuer or ""), key_column)
+        keys = _keys(valued, lambda text: key_of(text, site or ""), key_column)
     made: list[LabelRow] = [
         LabelRow(key_kind=KeyKind(key.value), key=pseudonym, value=value, row=row[0])
         for pseudonym, value, row in zip(keys, values, valued, strict=True)
@@ -327,12 +323,12 @@ def _values(rows: list[Row], column: str, settings: Settings | None) -> list[str
 
 
 def _key_function(pseudonyms: Pseudonymiser, key: Key) -> Callable[[str, str], str]:
-    """(original key, issuer) -> pseudonym: the functions by which landing names images."""
+    """(original key, site) -> pseudonym: the functions by which landing names images."""
     if key is Key.ACCESSION:
         return pseudonyms.accession
     if key is Key.FILE:
-        return lambda text, _issuer: pseudonyms.file(text)
-    return lambda text, _issuer: pseudonyms.uid(text)
+        return lambda text, _site: pseudonyms.file(text)
+    return lambda text, _site: pseudonyms.uid(text)
 
 
 def _keys(rows: Iterable[Row], key_of: Callable[[str], str], column: str) -> list[str]:
@@ -413,19 +409,14 @@ def _accessions(catalog: Catalog) -> Collection[str]:
     return {row.accession_key for status in Status for row in catalog.pending(status) if row.accession_key}
 
 
-def _issuer(site: str | None, issuer: str | None, key: Key) -> str | None:
-    given = [value for value in (site, issuer) if value]
-    if given and key is not Key.ACCESSION:
-        raise DataError(f"--site and --issuer belong to accession numbers, not to --key {key}")
-    if len(given) > 1:
-        raise DataError("--site and --issuer contradict each other", expected="one of them")
-    return given[0] if given else None
+def _site(site: str | None, key: Key) -> str | None:
+    if site is not None and key is not Key.ACCESSION:
+        raise DataError(f"--site belongs to accession numbers, not to --key {key}")
+    return site if site is None else check_code(site, "--site")
 
 
 def _say_unmatched(number: int, key: Key) -> str:
     said = f"{number:,} match no image yet; they are kept and join when the images come"
-    if key is Key.ACCESSION:
-        return said + " (images with an IssuerOfPatientID need --issuer)"
     return said + (" (paths count from the folder that was ingested)" if key is Key.FILE else "")
 
 

@@ -308,7 +308,8 @@ class Landing:
                 if sha256 not in sources:
                     unknown += 1
                     continue
-                self._receive([_arrival(path.read_bytes(), sources[sha256])])
+                # Again: a conflict may be held already, and its copy in landing be what is left to remove.
+                self._receive([_arrival(path.read_bytes(), sources[sha256])], again=True)
                 registered += 1
         return Recovered(registered=registered, removed=removed, unknown=unknown)
 

@@ -95,25 +95,24 @@ def find_leaks(original: Dataset, output: Dataset, *, file_name: str, kept_keywo
 def _needles(original: Dataset, kept: Set[str]) -> _Needles:
     needles, rows = _Needles(), table()
     for _, tag, vr, ds in _walk(original):
-        keyword = _keyword(tag)
-        row = rows.get(int(tag))
-        if vr in ("DA", "DT"):
-            _add_dates(needles, keyword, _strings(ds, tag))
-        elif vr == "PN":
-            _add_names(needles, _strings(ds, tag))
-        elif vr == "UI":
+        keyword, row = _keyword(tag), rows.get(int(tag))
+        removed = row is not None and keyword not in kept and vr != "SQ"
+        if not removed and vr not in ("DA", "DT", "PN", "UI"):
+            continue
+        values = _strings(ds, tag)
+        if vr == "UI":
             if is_identifying_uid(int(tag)):
-                needles.uids.update(v for v in _strings(ds, tag) if v and not v.startswith(STANDARD_ROOT))
+                needles.uids.update(v for v in values if v and not v.startswith(STANDARD_ROOT))
             continue
-        elif row is None or keyword in kept:
-            continue
-        elif vr in TEXT_VRS:
-            described = "descriptors" in row.options
-            for value in _strings(ds, tag):
-                if not described or vr in ("LT", "ST", "UT"):
-                    _add_phrase(needles, value)
-        if row is not None and keyword not in kept and vr != "SQ":
-            folded = {f for v in _strings(ds, tag) if (f := fold(v)) not in _BLANKS and not is_placeholder(f)}
+        if vr in ("DA", "DT"):
+            _add_dates(needles, keyword, values)
+        elif vr == "PN":
+            _add_names(needles, values)
+        elif vr in TEXT_VRS and row is not None and ("descriptors" not in row.options or vr in ("LT", "ST", "UT")):
+            for value in values:
+                _add_phrase(needles, value)
+        if removed:
+            folded = {f for v in values if (f := fold(v)) not in _BLANKS and not is_placeholder(f)}
             needles.whole.setdefault(keyword, set()).update(folded)
     for uid in needles.uids:
         needles.runs.update({"".join(_WORD.findall(uid))} if len(uid) > 16 else ())

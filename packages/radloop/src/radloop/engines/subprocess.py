@@ -1,5 +1,6 @@
 """The `subprocess` engine: every stage by `radloop stage` in a process of its own. docs/engines.md shows it as the
-smallest engine there is."""
+smallest engine there is.
+"""
 
 from __future__ import annotations
 

@@ -44,6 +44,7 @@ class EvaluateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         minimum_patients: patients of each class below which a subgroup is insufficient evidence.
         examples: example images with saliency.
         seed: of the resamples and the audit's folds.
+        threads: CPU threads for the network; None: all. The last bits of a logit depend on it.
     """
 
     threshold: Literal["youden", "sensitivity"] = "youden"
@@ -53,6 +54,7 @@ class EvaluateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     minimum_patients: int = 10
     examples: int = 8
     seed: int = 0
+    threads: int | None = None
 
 
 class Subgroup(msgspec.Struct, frozen=True, kw_only=True):
@@ -169,7 +171,7 @@ def evaluate(
     steps = _Steps(6, progress)
     net = network.load(model)
     validation, test = labelled(table, "validation"), labelled(table, "test")
-    with network.deterministic(config.seed):
+    with network.deterministic(config.seed, config.threads):
         learnt = network.logits(net, tensors, preprocessing, validation.sop_uids)
         rule = decision.fit(
             learnt,
@@ -498,6 +500,8 @@ def _examples(
             if queue and len(chosen) < config.examples:
                 chosen.append(queue.pop(0))
                 seen.add(test.patients[chosen[-1]])
+    if not chosen:
+        return []
     images = preprocessing.windowed(tensors.gather([test.sop_uids[i] for i in chosen]))
     files = saliency.write(net, images, [f"{n:02d}-{outcome[i]}.png" for n, i in enumerate(chosen)], folder)
     return [

@@ -18,7 +18,8 @@ from radloop.learning import statistics
 from radloop.learning.statistics import Interval
 
 if TYPE_CHECKING:
-    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.ensemble import RandomForestClassifier
+    from sklearn.tree import DecisionTreeClassifier
 
 FIELDS = (
     "site",
@@ -67,7 +68,7 @@ class Shortcut(msgspec.Struct, frozen=True, kw_only=True):
 def audit(
     table: pa.Table, *, resamples: int = 1000, seed: int = 0, minimum: int = 10, fields: Sequence[str] = FIELDS
 ) -> Shortcut:
-    """Predict the label from metadata by gradient boosting, cross-validated with whole patients in each fold.
+    """Predict the label from metadata by a random forest, cross-validated with whole patients in each fold.
 
     Args:
         table: a manifest; all labelled rows are used, for no figure of the model depends on this.
@@ -84,25 +85,26 @@ def audit(
     if min(positive, negative) < max(minimum, _FOLDS):
         return msgspec.structs.replace(seen, reason="insufficient evidence: too few patients of a class")
     columns = {name: _column(rows[name].to_pylist()) for name in fields if name in rows.column_names}
-    varying = {name: column for name, column in columns.items() if len(np.unique(column[0])) > 1}
+    varying = {name: column for name, column in columns.items() if len(np.unique(column)) > 1}
     if not varying:
         return msgspec.structs.replace(seen, auc=Interval(0.5, 0.5, 0.5, "constant"))
     folds = _folds(labels, patients, seed)
-    alone = {name: _area(labels, _scores([column], labels, folds)) for name, column in varying.items()}
-    together = _scores(list(varying.values()), labels, folds)
+    alone = {name: _area(labels, _scores(column[:, np.newaxis], labels, folds)) for name, column in varying.items()}
+    together = _scores(np.column_stack(list(varying.values())), labels, folds)
     auc = statistics.area_of(together, labels, patients, resamples=resamples, seed=seed)
     ranked = dict(sorted(alone.items(), key=lambda item: (-item[1], item[0])))
     return msgspec.structs.replace(seen, auc=auc, fields=ranked)
 
 
-def _column(values: list[Any]) -> tuple[NDArray[np.float64], bool]:
-    """Numbers as they are, anything else as codes of its text; null is not a number. And whether they are codes."""
-    numeric = all(v is None or isinstance(v, (int, float)) for v in values)
-    if numeric and not all(v is None or isinstance(v, bool) for v in values):
-        return np.array([np.nan if v is None else float(v) for v in values]), False
-    codes = {text: i for i, text in enumerate(sorted({str(v) for v in values if v is not None}))}
-    # Gradient boosting takes up to 255 categories; rarer ones would be no shortcut.
-    return np.array([np.nan if v is None else float(min(codes[str(v)], 254)) for v in values]), True
+def _column(values: list[Any]) -> NDArray[np.float64]:
+    """Numbers as they are, anything else as codes of its text. An absent value lies below all others: that a field is
+    filled in at all can tell the label."""
+    if not all(v is None or isinstance(v, (int, float)) for v in values):
+        codes = {text: i for i, text in enumerate(sorted({str(v) for v in values if v is not None}))}
+        values = [None if v is None else codes[str(v)] for v in values]
+    column = np.array([np.nan if v is None else float(v) for v in values])
+    lowest = np.nanmin(column) if not np.isnan(column).all() else 0.0
+    return np.nan_to_num(column, nan=lowest - 1)
 
 
 def _folds(labels: NDArray[np.int8], patients: list[str], seed: int) -> list[tuple[NDArray[Any], NDArray[Any]]]:
@@ -113,33 +115,26 @@ def _folds(labels: NDArray[np.int8], patients: list[str], seed: int) -> list[tup
 
 
 def _scores(
-    columns: list[tuple[NDArray[np.float64], bool]],
-    labels: NDArray[np.int8],
-    folds: list[tuple[NDArray[Any], NDArray[Any]]],
+    x: NDArray[np.float64], labels: NDArray[np.int8], folds: list[tuple[NDArray[Any], NDArray[Any]]]
 ) -> NDArray[np.float64]:
-    """Out-of-fold probabilities."""
-    x = np.column_stack([values for values, _ in columns])
-    categorical = [i for i, (_, codes) in enumerate(columns) if codes]
+    """Out-of-fold probabilities of features `(n, fields)`: a tree for one field, a forest for several."""
     scores = np.empty(len(labels))
     for train, test in folds:
         if len(np.unique(labels[train])) < 2:
             scores[test] = labels[train].mean()
             continue
-        scores[test] = _classifier(categorical).fit(x[train], labels[train]).predict_proba(x[test])[:, 1]
+        scores[test] = _classifier(*x[train].shape).fit(x[train], labels[train]).predict_proba(x[test])[:, 1]
     return scores
 
 
-def _classifier(categorical: list[int]) -> HistGradientBoostingClassifier:
-    from sklearn.ensemble import HistGradientBoostingClassifier
+def _classifier(rows: int, fields: int) -> DecisionTreeClassifier | RandomForestClassifier:
+    from sklearn.ensemble import RandomForestClassifier
+    from sklearn.tree import DecisionTreeClassifier
 
-    return HistGradientBoostingClassifier(
-        max_iter=40,
-        max_leaf_nodes=8,
-        min_samples_leaf=10,
-        early_stopping=False,
-        categorical_features=categorical or None,
-        random_state=0,
-    )
+    leaf = max(5, rows // 100)
+    if fields == 1:
+        return DecisionTreeClassifier(min_samples_leaf=leaf, random_state=0)
+    return RandomForestClassifier(50, min_samples_leaf=leaf, random_state=0, n_jobs=1)
 
 
 def _area(labels: NDArray[np.int8], scores: NDArray[np.float64]) -> float:

@@ -1,7 +1,8 @@
 """Cache keys: what a stage's result depends on.
 
 A key is made of the stage, its parameters, the digests of its inputs, the environment's lock and the code: every radloop
-module that the stage's module imports, found by grimp in the source, with the data files beside them. Mending `dicom/uids.py` runs deidentify again.
+module that the stage's module imports, found by grimp in the source, with the data files beside them. Mending
+`dicom/uids.py` runs deidentify again.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def code_digest(module: str) -> str:
     """SHA-256 over the sources of a module and of all radloop modules it imports, at whatever depth."""
     names = {module}
     if module.split(".")[0] == "radloop":
-        names |= {found for found in _graph().find_upstream_modules(module)}
+        names |= set(_graph().find_upstream_modules(module))
     digest = hashlib.sha256()
     files = {_source(name) for name in names}
     files |= {data for source in files for data in source.parent.iterdir() if data.suffix in _DATA}
@@ -35,7 +36,7 @@ def code_digest(module: str) -> str:
 
 
 @cache
-def _graph():  # type: ignore[no-untyped-def] # noqa: ANN202 - grimp's graph class is private
+def _graph():  # type: ignore[no-untyped-def]
     import grimp
 
     return grimp.build_graph("radloop", cache_dir=None)

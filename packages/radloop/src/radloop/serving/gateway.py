@@ -142,7 +142,8 @@ def route_configuration(routes: Routes) -> dict[str, Any]:
     """Envoy's RouteConfiguration for the asked strategy."""
     host: dict[str, Any] = {"name": "gateway", "domains": ["*"], "routes": _routes(routes)}
     host["request_headers_to_remove"] = [MIRROR_HEADER]
-    in_play = [(CHAMPION_HEADER, routes.champion), (CHALLENGER_HEADER, routes.challenger)]
+    asked_too = routes.challenger if routes.strategy != "single" else None
+    in_play = [(CHAMPION_HEADER, routes.champion), (CHALLENGER_HEADER, asked_too)]
     host["request_headers_to_add"] = [_header(name, up.model_digest) for name, up in in_play if up is not None]
     host["request_headers_to_remove"] += [name for name, up in in_play if up is None]
     return {"name": ROUTE_CONFIG, "virtual_hosts": [host]}

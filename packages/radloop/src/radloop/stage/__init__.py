@@ -76,6 +76,7 @@ class Stage:
         self._read_signature()
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Call the function itself."""
         self.function(*args, **kwargs)
 
     def _read_signature(self) -> None:

@@ -70,7 +70,7 @@ def execute(request: Request, emit: Emit, approved: Approved = never_approved) -
         result = _held(request, approved) or _run(load(request.stage), request)
     except RadloopError as error:
         result = Result(status="failed", node=request.node, message=str(error), error=type(error).__name__)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever a stage raises is its failure, with its own words
         message = f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=-6)}"
         result = Result(status="failed", node=request.node, message=message, error=type(error).__name__)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -32,10 +33,8 @@ def serve_request(request_file: Path, result_file: Path, approved: Approved) -> 
     os.dup2(2, 1)
 
     def emit(event: Event) -> None:
-        try:
+        with contextlib.suppress(BrokenPipeError):  # the watcher is gone; the result file still tells
             stream.write(encode(event) + b"\n")
-        except BrokenPipeError:  # the watcher is gone; the result file still tells
-            pass
 
     result = execute(read_request(request_file), emit, approved)
     sys.stdout.flush()
@@ -97,7 +96,7 @@ def launch(
     began = time.perf_counter()
     with (folder / "stderr.log").open("wb") as errors:
         try:
-            process = subprocess.Popen(  # noqa: S603 - the interpreter is the user's own configuration
+            process = subprocess.Popen(
                 command,
                 stdout=subprocess.PIPE,
                 stderr=errors,

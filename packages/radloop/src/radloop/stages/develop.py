@@ -149,13 +149,11 @@ def package(
         task=task,
         dataset_digest=manifest.digest(table),
         key_id=str(table["key_id"][0].as_py()),
-        inputs=packaging.Inputs(
-            modalities=modalities,
-            size=preprocessing_of(tensors).size,
-            positive=f"{task} present",
-            negative=f"no {task}",
-        ),
+        inputs=inputs,
     )
+    measured = measuring.read(evaluation.path)
+    judged = gates.judge(measured, msgspec.convert(gates_config, gates.GateConfig))
+    card.write(card.card(measured, judged, made, inputs, intended_use=intended_use), package.path)
 
 
 @stage
@@ -237,7 +235,11 @@ def _track(
         history=epochs,
         datasets=[
             DatasetVersion(
-                name=told["task"], digest=digest, context=part, rows=rows[rows["part"] == part], source=f"radloop:{digest}"
+                name=told["task"],
+                digest=digest,
+                context=part,
+                rows=rows[rows["part"] == part],
+                source=f"radloop:{digest}",
             )
             for part in ("train", "validation", "test")
         ],

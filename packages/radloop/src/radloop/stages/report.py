@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ def build(home: Path) -> dict[str, Any]:
     """The data of the report page (`radloop.monitoring.report.ReportData`) for a project as it stands."""
     settings = settings_of(home)
     runs = read_runs(home)
+    from radloop.catalog.schema import now
+
     with open_catalog(home) as catalog:
         evaluations = _evaluations(home, catalog, runs)
         data: dict[str, Any] = {
@@ -32,6 +35,7 @@ def build(home: Path) -> dict[str, Any]:
                 "intended_use": settings.task.intended_use,
                 "version": __version__,
                 "engine": "local",
+                "generated_at": now(),
             },
             "flow": _flow(home, catalog, runs),
             "quarantine": _quarantine(catalog),
@@ -84,6 +88,7 @@ def _of_runs(runs: list[dict[str, Any]]) -> dict[str, Any]:
     for run in runs:
         if run["pipeline"] == "prepare" and (summary := _json(run, "validate.validation", "summary.json")):
             data["validation"] = {
+                "summary": summary,
                 "instances": summary.get("instances"),
                 "anomalies": _json(run, "validate.validation", "anomalies.json"),
                 "statistics": _json(run, "validate.validation", "statistics.json"),
@@ -190,7 +195,7 @@ def _diffs(home: Path, catalog: Catalog) -> list[dict[str, Any]]:
 
     versions = catalog.datasets()
     found = []
-    for before, after in zip(versions, versions[1:], strict=False):
+    for before, after in pairwise(versions):
         try:
             a, b = (manifest.read(home / version.path) for version in (before, after))
         except ArtifactError:  # removed since; the ledger still names it
@@ -202,18 +207,24 @@ def _diffs(home: Path, catalog: Catalog) -> list[dict[str, Any]]:
 def _rollouts(catalog: Catalog) -> list[dict[str, Any]]:
     """One entry a model that was released or tried, its steps in the order they were taken."""
     found: dict[str, dict[str, Any]] = {}
+    versions = {model.digest: model.version for model in catalog.models()}
+    champion = ""
     for row in catalog.ledger.rows():
         if row.kind not in ("release", "rollback") or str(row.payload.get("step", "")).endswith("began"):
             continue
-        entry = found.setdefault(row.subject, {"challenger": row.subject[:12], "steps": [], "verdict": ""})
+        entry = found.setdefault(
+            row.subject, {"challenger": f"version {versions.get(row.subject)}", "steps": [], "verdict": ""}
+        )
         told = row.payload
-        figures = {f["name"]: {"value": f["figure"], "low": f["low"], "high": f["high"]} for f in told.get("figures", [])}
-        step: dict[str, Any] = {"name": told["step"], "at": row.at, "verdict": told.get("verdict", ""), "figures": figures}
+        step: dict[str, Any] = {"name": told["step"], "at": row.at, "verdict": told.get("verdict", "")}
+        if "figures" in told:
+            step["judge"] = {name: value for name, value in told.items() if name not in ("step", "percent")}
         if row.kind == "rollback":
             step["name"], step["verdict"], entry["verdict"] = "rolled back", "stop", "rolled back"
             step["detail"] = told.get("why", "")
         if told["step"] == "promoted":
             step["verdict"], entry["verdict"] = "pass", "promoted"
+            entry["champion"], champion = champion, f"version {versions.get(row.subject)}"
         if "percent" in told or str(told["step"]).startswith("canary"):
             step["percent"] = float(str(told["step"]).split()[1]) if " " in str(told["step"]) else None
         if "n_patients" in told:

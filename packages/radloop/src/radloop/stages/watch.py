@@ -97,7 +97,8 @@ def performance(
         window_rows(predictions),
         labels,
         threshold=decision["threshold"],
-        reference=_reference(evaluation),
+        reference=measure.reference_of(evaluation.json("evaluation.json"), label_definition=identity(package)["task"]),
+        label_definition=task,
     )
     log(found.summary)
     performance.write_json("performance.json", msgspec.to_builtins(found))
@@ -117,6 +118,7 @@ def alert(
     """Tell people of drift or lost performance, once, and ask for the labels that would settle it."""
     from radloop.monitoring import alerts, labelling
     from radloop.monitoring.drift import DRIFTED, DriftReport
+    from radloop.monitoring.performance import DEGRADED
     from radloop.monitoring.performance import Performance as Found
     from radloop.stages.project import open_catalog
 
@@ -141,7 +143,7 @@ def alert(
         told = []
         if report.verdict == DRIFTED:
             told.append(alerts.drift_alert(report, project=home.resolve().name, model=model))
-        if found.verdict == "lost":
+        if found.verdict == DEGRADED:
             told.append(alerts.performance_alert(found, project=home.resolve().name, model=model))
         for one in told:
             _tell(catalog, one, smtp)
@@ -201,19 +203,6 @@ def labels_now(home: Home, task: str, positive: list[str], negative: list[str]) 
     with open_catalog(home) as catalog:
         values = catalog.resolve_labels(task).values
     return {uid: classes[value] for uid, (value, _) in values.items() if value in classes}
-
-
-def _reference(evaluation: In[Evaluation]) -> Any:
-    from radloop.monitoring.performance import Figure, Reference
-
-    told: Any = evaluation.json("evaluation.json")
-    auc = told["test"]["auc"]
-    labels = [row for row in told["subgroups"] if row["name"] == "site"]
-    return Reference(
-        auc=Figure(auc["value"], auc["low"], auc["high"]),
-        prevalence=told["test"]["prevalence"],
-        sites=sorted({row["value"] for row in labels}),
-    )
 
 
 def _tell(catalog: Any, one: Any, smtp: dict[str, Any]) -> None:

@@ -210,8 +210,8 @@ class EngineSuite:
         events: list[Event] = []
         engine(small(count=5), home=home, emit=events.append)
         seen = [e for e in events if e.node == "numbers"]
-        assert [e.event for e in seen][0] == "started"
-        assert [e.event for e in seen][-1] == "closed"
+        assert seen[0].event == "started"
+        assert seen[-1].event == "closed"
         assert any(e.event == "progress" and e.done == e.total == 5 for e in seen)
 
     def test_records_are_kept(self, engine: Any, home: Path) -> None:
