@@ -111,7 +111,13 @@ def configure(project: Path, toml: str) -> None:
 
 
 def write_dicom(
-    path: Path, *, study: int = 1, instance: int = 1, patient: str = "MRN-77", accession: str = "00123", issuer: str = ""
+    path: Path,
+    *,
+    study: int = 1,
+    instance: int = 1,
+    patient: str = "MRN-77",
+    accession: str = "00123",
+    issuer: str = "",
 ) -> Path:
     """A small DX instance; UIDs are `1.2.3.{study}` and `1.2.3.{study}.1.{instance}`."""
     ds = Dataset()

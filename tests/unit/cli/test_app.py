@@ -86,9 +86,7 @@ def test_a_mistyped_command_is_a_usage_error_with_the_nearest_name(radloop: Comm
     assert "status" in ran.err
 
 
-def test_no_project_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_project_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Without a project nothing may be written: a command in the wrong folder would start a second catalog there."""
     monkeypatch.chdir(tmp_path)
     for command in (["status"], ["ledger"], ["quarantine", "list"], ["dataset", "list"], ["doctor"], ["report"]):
@@ -117,7 +115,8 @@ def test_typo_in_settings_names_the_nearest(radloop: Command) -> None:
 def test_errors_are_json_where_json_was_asked_for(radloop: Command) -> None:
     """A script that reads stdout must be told why in the form it asked for."""
     (radloop.project / "radloop.key").unlink()
-    ran = radloop("labels", "import", "radloop.toml", *"--key study --key-column a --value-column b --json".split())
+    options = ("--key", "study", "--key-column", "a", "--value-column", "b", "--json")
+    ran = radloop("labels", "import", "radloop.toml", *options)
     assert ran.code == 1
     assert ran.json["error"]["type"] in ("SettingsError", "DataError")
     assert ran.json["error"]["what"] in ran.err
@@ -140,7 +139,9 @@ def test_key_that_others_can_read_is_refused(inside: Callable[..., Ran], project
     assert "chmod 600" in ran.err
 
 
-def test_an_unexpected_error_is_a_line_and_a_file_without_its_message(project: Path, inside: Callable[..., Ran]) -> None:
+def test_an_unexpected_error_is_a_line_and_a_file_without_its_message(
+    project: Path, inside: Callable[..., Ran]
+) -> None:
     """A traceback on the screen helps no user, and its message may repeat a value out of a patient's file."""
     (project / "predictions").mkdir()
     (project / "predictions" / "a.jsonl").mkdir()  # reading it fails as no radloop error does

@@ -111,7 +111,9 @@ def test_twice_is_once(inside: Run, project: Path) -> None:
 def test_the_ledger_is_shown_by_kind_and_subject(inside: Run, project: Path) -> None:
     """An auditor asks for one thing at a time; a mistyped kind must not read as 'nothing happened'."""
     with open_catalog(project) as catalog:
-        catalog.ledger.append("gate", "ab" * 32, {"gate": "auc", "verdict": "pass", "figure": 0.912345}, actor="evaluate")
+        catalog.ledger.append(
+            "gate", "ab" * 32, {"gate": "auc", "verdict": "pass", "figure": 0.912345}, actor="evaluate"
+        )
         catalog.ledger.append("release", "cd" * 32, {"step": "promoted"}, actor="release")
     assert [r["kind"] for r in inside("ledger", "--subject", "cdcd", "--json").json] == ["release"]
     assert [r["kind"] for r in inside("ledger", "--limit", "1", "--json").json] == ["release"]

@@ -92,7 +92,8 @@ def test_a_manifest_that_was_changed_is_refused(inside: Run, project: Path, vers
 
 def prediction(number: int, **changed: Any) -> PredictionRow:
     row = {
-        "prediction_id": f"{number:08x}-aaaa-4bbb-8ccc-000000000000", "request_id": f"r{number}", "at": "2026-01-01T00:00:00+00:00",
+        "prediction_id": f"{number:08x}-aaaa-4bbb-8ccc-000000000000", "request_id": f"r{number}",
+        "at": "2026-01-01T00:00:00+00:00",
         "model_name": "default", "version": "4", "model_digest": SERVED, "role": "champion", "served": True,
         "compared_with": None, "sop_uid": "2.25.77", "study_uid": "2.25.7", "patient": "P1", "site": "site-a",
         "input_digest": "d" * 64, "tags": {}, "features": {}, "probability": 0.25, "decision": 0, "latency_ms": 3.0,

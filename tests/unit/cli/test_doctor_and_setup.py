@@ -141,7 +141,13 @@ def test_setup_does_not_touch_a_line_of_the_users(inside: Run, project: Path) ->
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[task]\nname = 'a'\n", "[environments]\n", "[environments] # mine\nother = '/x'\n[task]\nname = 'a'\n", "a = 1"],
+    [
+        "",
+        "[task]\nname = 'a'\n",
+        "[environments]\n",
+        "[environments] # mine\nother = '/x'\n[task]\nname = 'a'\n",
+        "a = 1",
+    ],
 )
 def test_a_line_is_added_and_nothing_else_changed(tmp_path: Path, text: str) -> None:
     """The file is the user's, comments and all."""

@@ -18,7 +18,9 @@ from radloop.testing.modality import send
 from .conftest import Command, Ran, configure, write_dicom
 
 
-def test_ingest_takes_what_is_new_and_nothing_twice(inside: Callable[..., Ran], dicom_folder: Path, project: Path) -> None:
+def test_ingest_takes_what_is_new_and_nothing_twice(
+    inside: Callable[..., Ran], dicom_folder: Path, project: Path
+) -> None:
     """A nightly export is the same folder grown: what was taken must not be taken again, nor anything refused be lost."""
     first = inside("ingest", str(dicom_folder), "--site", "site-a", "--json")
     assert first.code == 0

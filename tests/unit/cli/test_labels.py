@@ -57,7 +57,9 @@ def test_labels_join_before_and_after_the_images(
     inside: Run, project: Path, dicom_folder: Path, tmp_path: Path, key: str, keys: list[str], when: str
 ) -> None:
     """Reads often come first, or years later: both must end on the image they were made of."""
-    file = write(tmp_path / "l.csv", "key,label\n" + "".join(f"{k},{v}\n" for k, v in zip(keys, ("1", "no", "YES"), strict=True)))
+    file = write(
+        tmp_path / "l.csv", "key,label\n" + "".join(f"{k},{v}\n" for k, v in zip(keys, ("1", "no", "YES"), strict=True))
+    )
     ingest = ("ingest", str(dicom_folder), "--site", "site-a")
     if when == "after":
         inside(*ingest)
@@ -90,7 +92,9 @@ def test_two_values_for_one_key(inside: Run, project: Path, three: Path, tmp_pat
     assert resolved(project) == []
 
 
-def test_the_same_value_in_other_words_is_no_contradiction(inside: Run, project: Path, three: Path, tmp_path: Path) -> None:
+def test_the_same_value_in_other_words_is_no_contradiction(
+    inside: Run, project: Path, three: Path, tmp_path: Path
+) -> None:
     """Two readers who write 'yes' and '1' agree."""
     file = write(tmp_path / "l.csv", "key,label\n1.2.3.1,1\n1.2.3.1,Yes\n")
     assert labels_import(inside, file, "study").code == 0
@@ -146,7 +150,9 @@ def test_another_task_keeps_its_values(inside: Run, project: Path, three: Path, 
     assert resolved(project) == []
 
 
-def test_a_row_without_value_is_passed_over_and_counted(inside: Run, project: Path, three: Path, tmp_path: Path) -> None:
+def test_a_row_without_value_is_passed_over_and_counted(
+    inside: Run, project: Path, three: Path, tmp_path: Path
+) -> None:
     """Not yet read is not negative."""
     ran = labels_import(inside, write(tmp_path / "l.csv", "key,label\n1.2.3.1,\n1.2.3.2,1\n"), "study")
     assert "1 row without a value passed over" in ran.out
@@ -191,7 +197,9 @@ def test_a_parquet_of_dates_or_fractions_is_refused(tmp_path: Path) -> None:
         list(read_rows(tmp_path / "b.parquet", "key", "label"))
 
 
-words = st.text(st.characters(blacklist_categories=("Cs", "Cc"), blacklist_characters="\ufeff"), max_size=12).map(str.strip)
+words = st.text(st.characters(blacklist_categories=("Cs", "Cc"), blacklist_characters="\ufeff"), max_size=12).map(
+    str.strip
+)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import socket
@@ -12,9 +13,17 @@ import httpx
 import pytest
 
 from radloop.serving.desired import ModelRef, Models, Routing, State, desire, desired
-from radloop.stages.project import open_catalog, open_tracking
+from radloop.serving.rollout import wait_for
+from radloop.settings import secret
+from radloop.stages.project import open_catalog, open_tracking, pseudonymiser
 
-from .conftest import Command, Ran, configure, write_dicom
+from .conftest import NAME, Command, Ran, configure, write_dicom
+
+_spec = importlib.util.spec_from_file_location("serving_packages", Path(__file__).parents[1] / "serving/packages.py")
+assert _spec is not None
+assert _spec.loader is not None
+packages = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(packages)
 
 Run = Callable[..., Ran]
 
@@ -158,6 +167,39 @@ def test_serve_says_where_and_ends_cleanly(
 
 
 @pytest.mark.services
+def test_a_model_is_served_asked_and_traced(
+    radloop: Command, require_service: Callable[..., str], tmp_path: Path
+) -> None:
+    """The way of every answer that reaches a reader: gateway, predictor with the project's key, log, trace."""
+    require_service("Envoy", "envoy")
+    project = radloop.project
+    digest = packages.build(project / "artifacts/k/package", key=secret("file:radloop.key", project))
+    served = ModelRef(package="artifacts/k/package", version="1", model_digest=digest)
+    with open_catalog(project) as catalog:
+        catalog.add_dataset("d" * 64, path="datasets/d.parquet", members=[], actor="publish")
+        info = {"package": served.package, "run_id": "run-1"}
+        catalog.add_model(digest, dataset_digest="d" * 64, preprocessing_digest="p" * 64, version="1", info=info)
+    desire(project, State(models=Models(champion=served)))
+    image = write_dicom(tmp_path / "1.dcm")
+    junk = tmp_path / "junk.dcm"
+    junk.write_bytes(b"no DICOM")
+    with radloop.running("serve", "--port", "0", ready=tmp_path / "serve.json") as (process, _):
+        wait_for(project, 1)
+        ran = radloop("predict", str(image), str(junk), "--site", "site-a", "--json")
+        assert ran.code == 1, "one file was refused"
+        assert "error" in ran.json[1]
+        assert (ran.json[0]["version"], ran.json[0]["model_digest"]) == ("1", digest)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    told = radloop("trace", ran.json[0]["id"][:13], "--json").json
+    assert told["prediction"]["probability"] == ran.json[0]["probability"]
+    ours = pseudonymiser(project, "file:radloop.key").uid("1.2.3.1.1.1")
+    assert told["prediction"]["sop_uid"] == ours, "serving and archive must name an image alike"
+    assert told["training"]["run"] == "run-1"
+    assert NAME not in ran.out + ran.err
+
+
+@pytest.mark.services
 def test_serve_on_a_busy_port(inside: Run, require_service: Callable[..., str]) -> None:
     """A gateway that seems to start on a port that another program answers would send images there."""
     require_service("Envoy", "envoy")
@@ -169,19 +211,15 @@ def test_serve_on_a_busy_port(inside: Run, require_service: Callable[..., str]) 
     assert "the gateway's port cannot be bound" in ran.err
 
 
-def test_a_secret_of_the_environment_is_never_left_on_disk(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A key kept out of the file system on purpose must not be put there by a server that wants a path."""
+def test_a_secret_for_a_child_is_private_and_gone_after(project: Path) -> None:
+    """A key kept out of the file system on purpose must not be left there by a server that wants a path."""
     from radloop.cli.foreground import secret_file
 
-    monkeypatch.setenv("SITE_KEY", "5" * 64)
-    with secret_file("env:SITE_KEY", project) as path:
-        assert path.read_text() == "5" * 64
+    with secret_file(b"5" * 64) as path:
+        assert path.read_bytes() == b"5" * 64
         assert path.stat().st_mode & 0o077 == 0
-        assert project not in path.parents
-    assert not path.exists()
-    with secret_file("file:radloop.key", project) as path:
-        assert path == project / "radloop.key"
-    assert path.exists()
+        assert path.parent.stat().st_mode & 0o077 == 0
+    assert not path.parent.exists()
 
 
 def test_a_ready_file_is_whole_or_not_there(tmp_path: Path) -> None:

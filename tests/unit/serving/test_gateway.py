@@ -1,5 +1,6 @@
 """The gateway's configuration as data: whose answer can leave, and what each predictor is told. Envoy's own view of it is
-in tests/services."""
+in tests/services.
+"""
 
 from __future__ import annotations
 

@@ -107,15 +107,16 @@ def test_a_kill_loses_at_most_the_last_interval(tmp_path: Path) -> None:
         assert writer.stdout is not None
         seen: list[tuple[float, int]] = []
         until = time.monotonic() + 60
-        while (not seen or seen[-1][0] - seen[0][0] < 1.0) and time.monotonic() < until:
-            seen.append((time.monotonic(), int(writer.stdout.readline())))
+        while (not seen or seen[-1][0] - seen[0][0] < 1.5) and time.monotonic() < until:
+            number = int(writer.stdout.readline())
+            seen.append((time.monotonic(), number))
         os.kill(writer.pid, signal.SIGKILL)
         killed = time.monotonic()
     kept = list(predictions.read(tmp_path / "log"))
     numbers = [int(r["prediction_id"].removeprefix("id-")) for r in kept]
     assert numbers == list(range(len(numbers))), "a hole before the end"
-    # Twice the interval: the flusher was waiting when the row came, and writing when the kill came.
-    safe = max(number for at, number in seen if at < killed - 2 * predictions.FLUSH_INTERVAL_S)
+    # The interval, and the time that a busy machine takes for one write.
+    safe = max(number for at, number in seen if at < killed - predictions.FLUSH_INTERVAL_S - 0.5)
     assert numbers[-1] >= safe
 
 

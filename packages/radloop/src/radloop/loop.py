@@ -34,7 +34,7 @@ def prepare(settings: Settings) -> Pipeline:
         modalities=list(settings.accept.modalities),
         sop_classes=list(settings.accept.sop_classes),
     ).checked
-    valid = b.add(p.validate, checked=checked, baseline=baseline)
+    valid = b.add(p.validate, checked=checked, reviewed=arrived.reviewed, baseline=baseline)
     tensors = b.add(p.preprocess, checked=checked, preprocessing=settings.preprocess).tensors
     b.add(
         p.publish,

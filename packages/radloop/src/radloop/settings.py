@@ -22,7 +22,7 @@ class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     pass
 
 
-class Task(_Section):
+class Task(_Section, frozen=True):
     """What is predicted."""
 
     name: str = "finding"
@@ -31,7 +31,7 @@ class Task(_Section):
     intended_use: str = ""
 
 
-class Listen(_Section):
+class Listen(_Section, frozen=True):
     """The C-STORE listener: calling AE titles it knows, each with its site code."""
 
     ae_title: str = "RADLOOP"
@@ -40,20 +40,20 @@ class Listen(_Section):
     senders: dict[str, str] = {}
 
 
-class Folder(_Section):
+class Folder(_Section, frozen=True):
     """A folder of DICOM that `ingest` reads, and the site code of what lies in it."""
 
     path: str
     site: str
 
 
-class Ingest(_Section):
+class Ingest(_Section, frozen=True):
     """What besides the listener brings images."""
 
     folders: tuple[Folder, ...] = ()
 
 
-class Deidentify(_Section):
+class Deidentify(_Section, frozen=True):
     """How identity is removed (DICOM PS3.15 Annex E)."""
 
     profile: str = "research"
@@ -61,14 +61,14 @@ class Deidentify(_Section):
     crosswalk_key: str = "file:crosswalk.key"
 
 
-class Accept(_Section):
+class Accept(_Section, frozen=True):
     """What images the task is for; anything else is quarantined, and refused by the predictor."""
 
     modalities: tuple[str, ...] = ("CR", "DX")
     sop_classes: tuple[str, ...] = ()
 
 
-class Split(_Section):
+class Split(_Section, frozen=True):
     """Shares of patients. A patient's part is decided once and kept for ever.
 
     `given`: the label task that holds a split you brought (radloop labels import ... --task split); it must not leak.
@@ -80,7 +80,7 @@ class Split(_Section):
     test: float = 0.25
 
 
-class Release(_Section):
+class Release(_Section, frozen=True):
     """How a challenger reaches patients."""
 
     clinical_canary: bool = False
@@ -90,7 +90,7 @@ class Release(_Section):
     wait_s: float = 600.0
 
 
-class Serve(_Section):
+class Serve(_Section, frozen=True):
     """Where predictions are served."""
 
     host: str = "127.0.0.1"
@@ -98,7 +98,7 @@ class Serve(_Section):
     token: str = ""
 
 
-class Watch(_Section):
+class Watch(_Section, frozen=True):
     """When production is called drifted, and when to train again."""
 
     window_patients: int = 500
@@ -107,7 +107,7 @@ class Watch(_Section):
     label_request_size: int = 100
 
 
-class Alerts(_Section):
+class Alerts(_Section, frozen=True):
     """Where alerts go; without a host they stay in the ledger."""
 
     smtp_host: str = ""
@@ -117,14 +117,14 @@ class Alerts(_Section):
     recipients: tuple[str, ...] = ()
 
 
-class Mlflow(_Section):
+class Mlflow(_Section, frozen=True):
     """Tracking and registry, one experiment a task. Empty: SQLite and a folder in the project."""
 
     uri: str = ""
     artifacts: str = ""
 
 
-class Settings(_Section):
+class Settings(_Section, frozen=True):
     """radloop.toml, decoded."""
 
     task: Task = Task()

@@ -13,7 +13,6 @@ import time
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,8 +98,7 @@ def make_app() -> typer.Typer:
         pass
 
     for name in MODULES:
-        if find_spec(f"radloop.cli.{name}") is not None:
-            import_module(f"radloop.cli.{name}").register(app)
+        import_module(f"radloop.cli.{name}").register(app)
     _register_stage(app)
     return app
 

@@ -100,7 +100,9 @@ def approve_waiting(
     Raises:
         DataError: nothing that waits has this digest, several have, or it waits for another role.
     """
-    chosen = _the_one(_still_waiting(project, catalog), subject)
+    from radloop.cli.records import waiting
+
+    chosen = _the_one(waiting(project), subject)
     if role != chosen.role:
         raise DataError(
             "this waits for a person of another role",
@@ -119,14 +121,6 @@ def approve_waiting(
 def approved(catalog: Catalog, digest: str, role: str) -> bool:
     """Whether the ledger holds an approval of a digest by someone of a role."""
     return any(row.payload.get("role") == role for row in catalog.ledger.rows(kind="approval", subject=digest))
-
-
-def _still_waiting(project: Path, catalog: Catalog) -> list[Waiting]:
-    """What waits; of what was approved since, nothing is left out, so that a second person may approve it too."""
-    from radloop.cli.records import waiting
-
-    del catalog
-    return waiting(project)
 
 
 def _the_one(candidates: list[Waiting], subject: str) -> Waiting:

@@ -124,7 +124,7 @@ class Demo:
 
     def __init__(self, folder: Path, size: str, yes: bool) -> None:
         self.folder, self.size, self.yes = folder.resolve(), size, yes
-        self.steps: list[tuple[str, Callable[[], None]]] = [
+        self.steps: list[tuple[str, Callable[[], object]]] = [
             ("draw the hospital", self.draw),
             ("site A sends its studies", lambda: self.send("A")),
             ("site A's labels arrive", lambda: self.labels("A")),

@@ -187,7 +187,7 @@ def _catalog(project: Path, settings: Settings, *, every: bool) -> Iterator[Chec
         yield Check("catalog", OK, f"schema {SCHEMA_VERSIONS[-1]}")
         key_id = pseudonymiser(project, settings.deidentify.key).key_id
         rows = catalog.archived()
-        others = {row.key_id for row in rows} - {key_id}
+        others = {row.key_id for row in [*rows, *catalog.pending()]} - {key_id}
         if others:
             found = f"instances under the key {', '.join(sorted(others))}, the project's is {key_id}"
             yield Check(

@@ -13,8 +13,6 @@ from typing import Any
 
 import msgspec
 
-from radloop.settings import secret
-
 
 @contextmanager
 def ending_with(stop: Callable[[], None]) -> Iterator[None]:
@@ -52,16 +50,11 @@ def announced(path: Path | None, host: str, port: int) -> Iterator[None]:
 
 
 @contextmanager
-def secret_file(reference: str, project: Path) -> Iterator[Path]:
-    """A file that holds a secret, for a child process that takes a path.
+def secret_file(value: bytes) -> Iterator[Path]:
+    """A file of mode 0600 that holds a secret, for a child process that takes a path, for as long as this one runs.
 
-    `file:` references are that file, once it is sure that only its owner can read it. The value of an `env:` reference
-    stands in a file of mode 0600 in memory (/dev/shm where there is one) for as long as the server runs.
+    In memory (/dev/shm) where there is such a place: a key kept out of the file system must not be left there by us.
     """
-    value = secret(reference, project)
-    if reference.startswith("file:"):
-        yield project / reference.removeprefix("file:")
-        return
     memory = Path("/dev/shm")  # noqa: S108 - a folder of our own is made in it, 0700
     with tempfile.TemporaryDirectory(prefix="radloop-", dir=memory if memory.is_dir() else None) as folder:
         path = Path(folder, "secret")

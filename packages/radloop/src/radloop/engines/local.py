@@ -46,13 +46,27 @@ def python_of(environment: str, environments: Mapping[str, str]) -> str:
 
 
 def environment_digests(environments: Mapping[str, str]) -> dict[str, str]:
-    """What of each environment enters cache keys: the names and versions of what is installed in it."""
+    """What of each environment enters cache keys: names and versions of what is installed, and the source of radloop's
+    own packages in it that no stage imports at its top (radloop_tfdv)."""
     digests = {}
     for name, python in {"core": sys.executable, **environments}.items():
         site = Path(python).parent.parent / "lib"
         installed = sorted(p.name for p in site.glob("python3*/site-packages/*.dist-info"))
-        digests[name] = hashlib.sha256("\n".join(installed).encode()).hexdigest()
+        digest = hashlib.sha256("\n".join(installed).encode())
+        for source in _own_sources(site):
+            digest.update(source.read_bytes())
+        digests[name] = digest.hexdigest()
     return digests
+
+
+def _own_sources(site: Path) -> list[Path]:
+    """Modules of radloop_* packages in an environment, editable ones through their .pth files."""
+    folders = list(site.glob("python3*/site-packages"))
+    links = [
+        line for folder in folders for pth in folder.glob("*radloop*.pth") for line in pth.read_text().splitlines()
+    ]
+    folders += [Path(line) for line in links if Path(line).is_dir()]
+    return sorted({source for folder in folders for source in folder.glob("radloop_*/**/*.py")})
 
 
 def run(

@@ -66,7 +66,7 @@ def save(network: nn.Module, description: Architecture, preprocessing: Preproces
 def weights(folder: Path) -> dict[str, NDArray[Any]]:
     """The weights of a model folder by name. Raises ArtifactError if they cannot be read."""
     try:
-        with np.load(folder / "weights.npz", allow_pickle=False) as archive:
+        with (folder / "weights.npz").open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ArtifactError("a model's weights cannot be read", expected="weights.npz", got=str(error)) from None

@@ -313,7 +313,7 @@ class Packaged:
     def check(self) -> None:
         """Compare with the answers that were packaged. Raises ArtifactError if this machine computes others."""
         try:
-            with np.load(self.folder / "reference.npz", allow_pickle=False) as stored:
+            with (self.folder / "reference.npz").open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 native, expected = stored["native"], stored["logits"]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ArtifactError("a package cannot be read", expected="reference.npz", got=str(error)) from None

@@ -97,14 +97,16 @@ def audit(
 
 
 def _column(values: list[Any]) -> NDArray[np.float64]:
-    """Numbers as they are, anything else as codes of its text. An absent value lies below all others: that a field is
-    filled in at all can tell the label."""
+    """Numbers as they are, anything else as codes of its text.
+
+    An absent value lies below all others: that a field is filled in at all can tell the label.
+    """
     if not all(v is None or isinstance(v, (int, float)) for v in values):
         codes = {text: i for i, text in enumerate(sorted({str(v) for v in values if v is not None}))}
         values = [None if v is None else codes[str(v)] for v in values]
     column = np.array([np.nan if v is None else float(v) for v in values])
     lowest = np.nanmin(column) if not np.isnan(column).all() else 0.0
-    return np.nan_to_num(column, nan=lowest - 1)
+    return np.where(np.isnan(column), lowest - 1, column)
 
 
 def _folds(labels: NDArray[np.int8], patients: list[str], seed: int) -> list[tuple[NDArray[Any], NDArray[Any]]]:

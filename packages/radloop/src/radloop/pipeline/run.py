@@ -296,7 +296,7 @@ class _Walk:
         run = RunResult(
             run_id=self.run_id,
             pipeline=self.pipeline.name,
-            status=status,  # type: ignore[arg-type] - "running" is only ever on disk
+            status=status,  # type: ignore[arg-type]  # "running" is only ever on disk
             results=self.results,
             outputs={s: str(p) for s, p in self.paths.items() if p and not s.startswith("input:")},
             message=message,

@@ -22,6 +22,9 @@ REFUSED_EXIT = 78
 FIRST_BACKOFF_S = 0.2
 LONGEST_BACKOFF_S = 10.0
 STEADY_AFTER_S = 10.0
+PROBE_EVERY_S = 1.0
+"""Whether a ready child still is; one that is not yet is asked at every tick."""
+
 KILL_AFTER_S = 15.0
 _PROBE_TIMEOUT_S = 1.0
 
@@ -58,7 +61,7 @@ class Child:
         self._process: subprocess.Popen[bytes] | None = None
         self._backoff_s = FIRST_BACKOFF_S
         self._not_before = 0.0
-        self._started = 0.0
+        self._started = self._probed = 0.0
         self._kill_at: float | None = None
 
     @property
@@ -76,6 +79,9 @@ class Child:
         if status is not None:
             self._ended(status)
             return
+        if self.ready and time.monotonic() - self._probed < PROBE_EVERY_S:
+            return
+        self._probed = time.monotonic()
         port = self.program.probe(self.output)
         self.ready, self.port = port is not None, port if port is not None else self.port
         if self.ready and time.monotonic() - self._started > STEADY_AFTER_S:

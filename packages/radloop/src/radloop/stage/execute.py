@@ -129,7 +129,7 @@ def _run(stage: Stage, request: Request) -> Result:
         raise DefinitionError(
             f"stage {stage.name}: outputs do not match", expected=sorted(stage.outputs), got=sorted(request.outputs)
         )
-    outputs = {name: Output(_scratch(Path(path))) for name, path in request.outputs.items()}
+    outputs: dict[str, Output[Any]] = {name: Output(_scratch(Path(path))) for name, path in request.outputs.items()}
     try:
         stage.function(**arguments, **outputs)
         written = {

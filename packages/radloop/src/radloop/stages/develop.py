@@ -248,7 +248,7 @@ def _track(
     )
     version = tracking.register(package.path, name=told["task"], run_id=run_id)
     tracking.set_alias(told["task"], "challenger", version)
-    return told["task"], str(version), run_id
+    return str(version), run_id
 
 
 def preprocessing_of(tensors: In[Tensors]) -> Any:

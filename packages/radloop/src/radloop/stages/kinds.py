@@ -17,6 +17,7 @@ __all__ = [
     "Predictions",
     "Registered",
     "Released",
+    "Schema",
     "Split",
     "Tensors",
     "Validation",
@@ -36,6 +37,12 @@ class Labels(Kind):
     """`labels.json`: value and source of each labelled instance, by pseudonymous `sop_uid`; given parts, if any."""
 
     name = "labels"
+
+
+class Schema(Kind):
+    """`schema.pbtxt`, the TFDV schema that a person reviewed and put into the project folder; empty without one."""
+
+    name = "schema"
 
 
 class Validation(Kind):

@@ -10,7 +10,7 @@ import msgspec
 from radloop.errors import DataError, DicomError
 from radloop.stage import Home, In, Out, Secret, stage
 from radloop.stage.execute import log, progress, track
-from radloop.stages.kinds import TABLE, Dataset, Instances, Labels, Tensors, Validation, Verdict
+from radloop.stages.kinds import TABLE, Dataset, Instances, Labels, Schema, Tensors, Validation, Verdict
 
 if TYPE_CHECKING:
     from radloop.catalog.schema import Instance
@@ -22,13 +22,14 @@ _BATCH = 64
 def ingest(
     received: Out[Instances],
     labels: Out[Labels],
+    reviewed: Out[Schema],
     *,
     home: Home,
     folders: list[dict[str, str]] = [],  # noqa: B006 - stages never change their parameters
     task: str = "finding",
     given_split: str = "",
 ) -> None:
-    """Take in folders of DICOM, then list every instance and label that the catalog holds.
+    """Take in folders of DICOM, then list every instance and label that the catalog holds, and the schema a person reviewed.
 
     Args:
         folders: `{"path", "site"}`; what the listener received is in the catalog already.
@@ -61,6 +62,8 @@ def ingest(
     columns = list(zip(*rows, strict=True))
     names = ["sop_uid", "revision", "source_sha256", "site"]
     pq.write_table(pa.table([pa.array(c) for c in columns], names=names), received.file(TABLE))
+    if (schema := home / "schema.pbtxt").exists():
+        reviewed.file("schema.pbtxt").write_bytes(schema.read_bytes())
     known = {uid for uid, *_ in rows}
     values = {uid: list(value) for uid, value in resolved.values.items() if uid in known}
     contradicting = [uid for uid in resolved.contradicting if uid in known]
@@ -149,8 +152,8 @@ def quality(
             ],
             stage="quality",
         )
-        pixels = zip(passed["sop_uid"].to_pylist(), passed["pixel_sha256"].to_pylist(), strict=True)
-        catalog.set_pixel_digests((uid, revisions[uid], digest) for uid, digest in pixels)
+        kept = passed.select(["sop_uid", "pixel_sha256"]).to_pylist()
+        catalog.set_pixel_digests((row["sop_uid"], revisions[row["sop_uid"]], row["pixel_sha256"]) for row in kept)
     if len(passed) == 0:
         raise DataError(
             "no image passed the quality checks",
@@ -165,31 +168,27 @@ def quality(
 @stage(environment="tfdv")
 def validate(
     checked: In[Instances],
+    reviewed: In[Schema],
     baseline: In[Validation] | None,
     validation: Out[Validation],
     verdict: Out[Verdict],
-    *,
-    home: Home,
 ) -> None:
     """TFDV: statistics, schema, anomalies, and drift and skew against the baseline's version.
 
-    A `schema.pbtxt` in the project folder is the schema a person reviewed; without one the baseline's is used, and at
-    first an inferred one.
+    The schema a person reviewed comes first, then the baseline's; the first version's is inferred.
     """
     from radloop_tfdv.validate import validate as run_tfdv
 
-    reviewed = home / "schema.pbtxt"
-    summary = run_tfdv(
+    schema = reviewed.path / "schema.pbtxt"
+    told = run_tfdv(
         checked.file(TABLE),
         validation.path,
         baseline=baseline.path if baseline else None,
-        reviewed_schema=reviewed if reviewed.exists() else None,
+        reviewed_schema=schema if schema.exists() else None,
     )
-    verdict.verdict(
-        str(summary["verdict"]),
-        f"schema {summary['schema']}: {summary['anomalies']} anomalies",
-        [{"gate": "schema", "verdict": summary["verdict"], "figure": summary["anomalies"], "bound": 0}],
-    )
+    message = f"schema {told['schema']}: {told['anomalies']} anomalies, {told['stops']} of them break it"
+    detail = {"gate": "schema", "verdict": "pass" if told["verdict"] == "pass" else "fail", "detail": message}
+    verdict.verdict(str(told["verdict"]), message, [{**detail, "figure": told["stops"], "bound": 0}])
 
 
 @stage
@@ -245,7 +244,7 @@ def publish(
     failed = tensors.json("refused.json")
     assert isinstance(failed, list)
     lost = {row["sop_uid"] for row in failed}
-    revisions = dict(zip(table["sop_uid"].to_pylist(), table["revision"].to_pylist(), strict=True))
+    revisions = {row["sop_uid"]: row["revision"] for row in table.select(["sop_uid", "revision"]).to_pylist()}
     table = table.filter(pc.invert(pc.is_in(table["sop_uid"], pa.array(sorted(lost), pa.string()))))
     fraction = pseudonymiser(home, key).fraction
     classes = {**dict.fromkeys(map(str, positive), 1), **dict.fromkeys(map(str, negative), 0)}
@@ -266,7 +265,7 @@ def publish(
         if told["given_split"]:
             parts, by = split.given(told["given_split"]), "sop_uid"
         else:
-            patients = sorted(set(table["patient"].to_pylist()))
+            patients = sorted({str(patient) for patient in table["patient"].to_pylist()})
             decided = split.parts(patients, fraction, fractions, decided=catalog.parts())
             parts = catalog.assign_parts(decided, key_id=str(table["key_id"][0].as_py()))
             by = "patient"

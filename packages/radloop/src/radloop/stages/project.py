@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from radloop.dicom.uids import Pseudonymiser
     from radloop.learning.tracking import Tracking
 
-T = TypeVar("T")
+T = TypeVar("T", bound=msgspec.Struct)
 
 
 def settings_of(home: Path) -> Settings:
@@ -88,7 +88,7 @@ def check(settings: Settings) -> None:
 
 def section(name: str, values: dict[str, Any], struct: type[T]) -> T:
     """One section of radloop.toml as the room that reads it wants it. Raises SettingsError on what it does not know."""
-    known = [field.name for field in msgspec.structs.fields(struct)]  # type: ignore[type-var]
+    known = [field.name for field in msgspec.structs.fields(struct)]
     for given in values:
         if given not in known:
             near = difflib.get_close_matches(given, known, 1)

@@ -233,9 +233,10 @@ def _rollouts(catalog: Catalog) -> list[dict[str, Any]]:
     approvals = {row.subject: row for row in catalog.ledger.rows(kind="approval")}
     packages = {model.digest: model.info.get("package_digest") for model in catalog.models()}
     for digest, entry in found.items():
-        row = approvals.get(str(packages.get(digest)))
-        if row is not None:
-            entry["approved_by"] = f"{row.actor} ({row.payload.get('role')}): {row.payload.get('why')}"
+        approval = approvals.get(str(packages.get(digest)))
+        if approval is not None:
+            told = approval.payload
+            entry["approved_by"] = f"{approval.actor} ({told.get('role')}): {told.get('why')}"
     return list(found.values())
 
 

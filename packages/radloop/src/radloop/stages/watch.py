@@ -93,11 +93,13 @@ def performance(
     decision = package.json("decision.json")
     assert isinstance(decision, dict)
     labels = labels_now(home, task, positive, negative)
+    measured = evaluation.json("evaluation.json")
+    assert isinstance(measured, dict)
     found = measure.assess(
         window_rows(predictions),
         labels,
         threshold=decision["threshold"],
-        reference=measure.reference_of(evaluation.json("evaluation.json"), label_definition=identity(package)["task"]),
+        reference=measure.reference_of(measured, label_definition=identity(package)["task"]),
         label_definition=task,
     )
     log(found.summary)

@@ -427,7 +427,7 @@ def _with_broken(target: Path, sent: list[Sent], planned: Sequence[_Exposure], *
                     out[at] = replace(out[at], reasons=out[-1].reasons, either=out[-1].sop_uid)
             elif kind == "other_patient":
                 other = next(i for i in victims if planned[i].patient != one.patient)
-                out.append(_copied(kind, replace(one, who=planned[other].who), sent[at].path, path))
+                out.append(_misfiled(one, planned[other].who, path))
                 out[at] = replace(out[at], reasons=out[-1].reasons)
             else:
                 out.append(_spoilt(kind, one, path))
@@ -450,21 +450,19 @@ def _copied(kind: str, one: _Exposure, source: Path, path: Path) -> Sent:
         ds.save_as(path)
         return replace(sent, outcome="revision")
     ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=[one.sop_uid, kind])
-    if kind == "same_pixels":
-        ds.save_as(path)
-        return replace(sent, sop_uid=ds.SOPInstanceUID, reasons=frozenset({"DUPLICATE_PIXELS"}), either=one.sop_uid)
-    ds.StudyInstanceUID = generate_uid(entropy_srcs=[one.study_uid, kind])
-    ds.SeriesInstanceUID = generate_uid(entropy_srcs=[one.series_uid, kind])
-    ds.AccessionNumber = one.accession[:-1] + "X"
-    plant(ds, one.who, np.random.default_rng(one.seed))
     ds.save_as(path)
-    return replace(
-        sent,
-        sop_uid=ds.SOPInstanceUID,
-        study_uid=ds.StudyInstanceUID,
-        accession=ds.AccessionNumber,
-        reasons=frozenset({"DUPLICATE_PIXELS_ACROSS_PATIENTS"}),
+    return replace(sent, sop_uid=ds.SOPInstanceUID, reasons=frozenset({"DUPLICATE_PIXELS"}), either=one.sop_uid)
+
+
+def _misfiled(one: _Exposure, who: Identity, path: Path) -> Sent:
+    """One patient's image once more, under another patient: somebody stood before the wrong worklist entry."""
+    study, series, image = (
+        generate_uid(entropy_srcs=[uid, "other"]) for uid in (one.study_uid, one.series_uid, one.sop_uid)
     )
+    accession = one.accession[:-1] + "X"
+    moved = replace(one, who=who, study_uid=study, series_uid=series, sop_uid=image, accession=accession)
+    _save(_dataset(moved, _pixels(one)), path, ExplicitVRLittleEndian)
+    return replace(_sent(moved, path, "other_patient"), reasons=frozenset({"DUPLICATE_PIXELS_ACROSS_PATIENTS"}))
 
 
 def _spoilt(kind: str, one: _Exposure, path: Path) -> Sent:
