@@ -8,7 +8,7 @@ from pathlib import Path
 import pydicom
 import pytest
 
-from radloop.catalog.schema import Reason
+from radloop.catalog.reason import Reason
 from radloop.cli.quarantine import MEANING
 from radloop.stages.project import open_catalog
 

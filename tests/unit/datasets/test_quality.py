@@ -18,7 +18,7 @@ from pydicom import Dataset
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import CTImageStorage, DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian
 
-from radloop.catalog.schema import Reason
+from radloop.catalog.reason import Reason
 from radloop.datasets import quality
 from radloop.errors import ArtifactError, DataError
 from radloop.imaging import pixels

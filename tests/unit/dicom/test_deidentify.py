@@ -26,7 +26,7 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
-from radloop.catalog.schema import Reason
+from radloop.catalog.reason import Reason
 from radloop.dicom.deidentify import Deidentifier, read
 from radloop.dicom.phi import find_leaks
 from radloop.dicom.uids import Pseudonymiser

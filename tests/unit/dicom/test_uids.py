@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from radloop.catalog.schema import Reason
+from radloop.catalog.reason import Reason
 from radloop.dicom.uids import Pseudonymiser, is_placeholder, normalise
 from radloop.errors import DataError, DicomError, SettingsError
 

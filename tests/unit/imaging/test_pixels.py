@@ -26,7 +26,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from radloop.catalog.schema import Reason
+from radloop.catalog.reason import Reason
 from radloop.errors import DicomError
 from radloop.imaging import pixels
 

@@ -16,7 +16,7 @@ from pydicom import Dataset
 from pydicom.data import get_testdata_file
 from pydicom.encaps import encapsulate, generate_frames
 
-from radloop.catalog.schema import Reason
+from radloop.catalog.reason import Reason
 from radloop.errors import DicomError
 from radloop.imaging import pixels, sandbox
 

@@ -20,7 +20,7 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
 import radloop
-from radloop.catalog.schema import Reason
+from radloop.catalog.reason import Reason
 from radloop.errors import DicomError, SettingsError
 from radloop.imaging.transforms import Preprocessing
 

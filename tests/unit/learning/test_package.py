@@ -46,7 +46,7 @@ def test_it_answers_as_evaluation_did(trained: Any) -> None:
     np.testing.assert_array_equal(decisions, [int(row["probability"] >= threshold) for row in rows])
     one, _ = packaged.predict_native(native[:1])
     np.testing.assert_allclose(one, probabilities[:1], atol=1e-6)
-    assert packaged.predict_native(native[:0])[0].shape == (0,)
+    assert packaged.predict_tensor(np.empty((0, 1, 32, 32), np.float32))[0].shape == (0,)
 
 
 def test_a_dicom_instance_goes_through_the_same_preprocessing(trained: Any) -> None:

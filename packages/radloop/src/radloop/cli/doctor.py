@@ -14,7 +14,7 @@ import typer
 
 from radloop.cli import output
 from radloop.cli.common import FAILED, HERE, Json, Project, command, settings_at, short
-from radloop.errors import RadloopError
+from radloop.errors import RadloopError, ServingError
 
 if TYPE_CHECKING:
     from radloop.catalog.store import Catalog
@@ -285,7 +285,11 @@ def _cannot_bind(host: str, port: int) -> str | None:
 def _envoy() -> Iterator[Check]:
     from radloop.serving.gateway import envoy_path
 
-    path = envoy_path()
+    try:
+        path = envoy_path()
+    except ServingError as error:  # whoever only trains or orchestrates needs none
+        yield Check("Envoy", WARN, error.what, error.next_step or "")
+        return
     if not os.access(path, os.X_OK):
         yield Check("Envoy", FAIL, f"{path} cannot be run", f"chmod +x {path}")
     else:

@@ -196,7 +196,7 @@ def _watch(listener: Listener, stop: threading.Event, *, quiet: bool) -> None:
     if sys.stdout.isatty():
         with output.console().status("waiting") as line:
             while not stop.wait(_LOOK_EVERY_S):
-                line.update(output.counts_line(listener.counts))
+                line.update(f"received: {output.counts_line(listener.counts)}")
         return
     said = before = listener.counts
     while not stop.wait(1.0):

@@ -64,7 +64,7 @@ def register(app: typer.Typer) -> None:
         json: Json = False,
     ) -> None:
         """List what is held, with counts by reason. No name, no original identifier and no file name is shown."""
-        from radloop.catalog.schema import Reason
+        from radloop.catalog.reason import Reason
 
         if reason is not None and reason.upper() not in list(Reason):
             raise DataError("there is no such reason", expected=", ".join(Reason), got=reason)

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pydicom
 from pydicom.errors import InvalidDicomError
 
-from radloop.catalog.schema import Reason
+from radloop.catalog.reason import Reason
 from radloop.errors import ArtifactError, DataError, DicomError
 from radloop.imaging import pixels
 

@@ -29,7 +29,7 @@ from pydicom.filewriter import dcmwrite
 from pydicom.sequence import Sequence
 from pydicom.uid import UID
 
-from radloop.catalog.schema import Reason
+from radloop.catalog.reason import Reason
 from radloop.dicom import phi
 from radloop.dicom.profile import PUBLIC_SCHEMES, TEXT_VRS, Action, Profile, image_iods, named, table, tables_digest
 from radloop.dicom.tags import describe

@@ -21,7 +21,7 @@ from pydicom.tag import Tag
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian
 from pydicom.values import convert_value
 
-from radloop.catalog.schema import Reason
+from radloop.catalog.reason import Reason
 from radloop.errors import DicomError
 
 _KEYWORDS = [

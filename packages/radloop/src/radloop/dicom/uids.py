@@ -12,7 +12,7 @@ import hmac
 import re
 import unicodedata
 
-from radloop.catalog.schema import Reason
+from radloop.catalog.reason import Reason
 from radloop.errors import DataError, DicomError, SettingsError
 
 MIN_KEY_BYTES = 32

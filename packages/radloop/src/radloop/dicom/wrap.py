@@ -22,7 +22,7 @@ import msgspec
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 
-from radloop.catalog.schema import Reason
+from radloop.catalog.reason import Reason
 from radloop.dicom.folder import list_files
 from radloop.dicom.landing import Arrival, Landing
 from radloop.errors import DataError, DicomError
@@ -37,6 +37,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png")
 BATCH = 256
 _LISTED = 10
 _ORIENTATION = 0x0112  # EXIF
+_END = {True: b"\xff\xd9", False: b"IEND\xae\x42\x60\x82"}  # how a JPEG and a PNG end
 # A constant: pydicom would write its own version, and every upgrade would make new revisions of all images.
 _IMPLEMENTATION_UID = UID("2.25.287938497135470924693418327652083213881")
 _SEX = {"m": "M", "male": "M", "f": "F", "female": "F", "o": "O", "other": "O", "": ""}
@@ -131,7 +132,7 @@ def wrap_image(
     # Type 2: must be there, may be empty.
     for keyword in (
         *("PatientName", "PatientBirthDate", "StudyDate", "StudyTime", "ReferringPhysicianName", "StudyID"),
-        *("AccessionNumber", "SeriesNumber", "InstanceNumber", "PatientOrientation"),
+        *("AccessionNumber", "SeriesNumber", "Laterality", "InstanceNumber", "PatientOrientation"),
     ):
         setattr(dataset, keyword, None)
     dataset.SecondaryCaptureDeviceManufacturer = "radloop"
@@ -304,13 +305,15 @@ def _rows_error(what: str, numbers: Sequence[int], next_step: str) -> DataError:
 
 def _read(content: bytes) -> tuple[NDArray[np.uint8], int, list[str]]:
     """Pixels (rows, columns), how many samples a pixel has in the file, and what was done."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     jpeg = _is_jpeg(content)
     if not jpeg and not content.startswith(b"\x89PNG\r\n\x1a\n"):
         raise _unsupported("neither JPEG nor PNG")
     if not jpeg and content[24:25] == b"\x10":  # IHDR's bit depth; Pillow would cut colour to 8 bits in silence
         raise _unsupported("16 bits a sample", "export it as DICOM, or as 8-bit PNG with a window of your own choice")
+    if _END[jpeg] not in content:  # a PNG without its end is decoded in silence
+        raise DicomError("the image file ends early", reason=Reason.TRUNCATED)
     steps = ["decoded from JPEG" if jpeg else "decoded from PNG"]
     try:
         with Image.open(BytesIO(content), formats=["JPEG", "PNG"]) as image:
@@ -321,10 +324,8 @@ def _read(content: bytes) -> tuple[NDArray[np.uint8], int, list[str]]:
             if image.getexif().get(_ORIENTATION, 1) != 1:
                 steps.append("turned as its EXIF orientation says")
             pixels = _one_channel(ImageOps.exif_transpose(image))
-    except UnidentifiedImageError:
-        raise _unsupported("cannot be read as the image it begins as") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        if "trunc" in str(error).lower() or "broken" in str(error).lower():
+    except (OSError, SyntaxError, ValueError) as error:  # UnidentifiedImageError is an OSError
+        if "truncated" in str(error).lower():
             raise DicomError("the image file ends early", reason=Reason.TRUNCATED) from None
         raise _unsupported("cannot be decoded") from None
     if channels > 1:

@@ -15,7 +15,7 @@ import pydicom
 from numpy.typing import NDArray
 from pydicom.errors import InvalidDicomError
 
-from radloop.catalog.schema import Reason
+from radloop.catalog.reason import Reason
 from radloop.dicom import tags
 from radloop.dicom.uids import Pseudonymiser
 from radloop.errors import DicomError, ServingError

@@ -351,7 +351,7 @@ def _clean(cleaner: Any, home: Path, row: Instance) -> Any:
 
 
 def _reason(value: str) -> Any:
-    from radloop.catalog.schema import Reason
+    from radloop.catalog.reason import Reason
 
     return Reason(value)
 

@@ -1,0 +1,186 @@
+"""The whole loop on real sockets, servers and stages: what `make run` promises a stranger."""
+
+from __future__ import annotations
+
+import io
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pyarrow.parquet as pq
+import pydicom
+import pytest
+
+from radloop.catalog.store import Catalog
+from radloop.serving import predictions
+from radloop.serving.desired import desired
+from tests.loop.conftest import Done, radloop
+
+pytestmark = [pytest.mark.slow, pytest.mark.services, pytest.mark.timeout(900)]
+
+
+@pytest.fixture
+def catalog(demo: Done) -> Iterator[Catalog]:
+    with Catalog(f"sqlite:///{demo.project / 'catalog.db'}") as opened:
+        yield opened
+
+
+def test_the_loop_closes(demo: Done, catalog: Catalog) -> None:
+    """Two dataset versions, two models, and the second one serves: a loop that stops half-way is no loop."""
+    assert demo.told["status"] == "succeeded"
+    first, second = catalog.datasets()
+    assert second.parent == first.digest
+    assert second.counts["instances"] > first.counts["instances"]
+    champion = desired(demo.project)
+    assert champion is not None
+    assert champion.models.champion is not None
+    served = catalog.model(champion.models.champion.model_digest)
+    assert served.dataset_digest == second.digest
+    assert champion.models.previous is not None
+    assert catalog.model(champion.models.previous.model_digest).dataset_digest == first.digest
+
+
+def test_nothing_that_was_sent_is_lost(demo: Done, catalog: Catalog) -> None:
+    """Every file a modality sent is in use, superseded, or in quarantine with a reason."""
+    sites = [msgspec.json.decode((demo.project / "hospital" / f"{s}.json").read_bytes()) for s in "AB"]
+    sources = {row.source_sha256 for status in ("archived", "superseded", "quarantined") for row in catalog.pending(status)}
+    held = {row.source_sha256 for row in catalog.quarantined(state=None)}
+    from radloop.artifact import file_digest
+
+    lost = []
+    for site in sites:
+        for name in site["sent"]:
+            file = demo.project / "hospital" / name
+            unsendable = file.read_bytes()[128:132] != b"DICM"
+            if not unsendable and file_digest(file) not in sources | held:
+                lost.append(name)
+    assert lost == []
+    assert {"TRUNCATED", "NO_PATIENT_ID", "UID_CONFLICT"} <= {str(row.reason) for row in catalog.quarantined()}
+
+
+def test_ledger_tells_the_story(demo: Done, catalog: Catalog) -> None:
+    """Whoever audits the champion finds each step once, and that no person gave the demo's approvals."""
+    rows = catalog.ledger.rows()
+    kinds = {kind: [row for row in rows if row.kind == kind] for kind in {row.kind for row in rows}}
+    assert len(kinds["dataset"]) == len(kinds["training"]) == 2
+    assert {"ingest", "deidentification", "gate", "approval", "release", "alert", "label_request", "labels"} <= set(kinds)
+    assert all(row.actor == "demo" and "no person looked" in row.payload["why"] for row in kinds["approval"])
+    steps = [row.payload["step"] for row in kinds["release"]]
+    assert steps.count("promoted") == 2
+    assert steps.index("shadow") < steps.index("canary 25 %") < steps.index("canary 100 %")
+    assert len({row.key for row in rows if row.key}) == sum(row.key is not None for row in rows)
+
+
+def test_drift_was_found_and_mailed(demo: Done, catalog: Catalog) -> None:
+    """A second scanner that nobody hears of is how models fail quietly."""
+    drifts = catalog.ledger.rows(kind="drift")
+    assert drifts[0].payload["verdict"] == "drifted"
+    assert "site-b" in drifts[0].payload["summary"]
+    assert any("drift" in subject for subject in demo.told["mails"])  # type: ignore[attr-defined]
+    assert [request.status for request in catalog.label_requests()][0] == "closed"
+
+
+def test_a_prediction_traces_back_to_its_instances(demo: Done, catalog: Catalog) -> None:
+    """'What did the model that said this learn from' must have an answer with names of files in it."""
+    rows = [r for r in predictions.read(demo.project / "predictions", status="ok") if r["served"] and r["sop_uid"]]
+    told = radloop("trace", rows[-1]["prediction_id"], "--instances", "--json", "--project", str(demo.project))
+    traced = msgspec.json.decode(told.stdout)
+    members = catalog.members(catalog.model(rows[-1]["model_digest"]).dataset_digest)
+    text = told.stdout
+    assert all(member.sop_uid in text for member in members if member.part == "train")
+    assert traced
+
+
+def test_requests_were_all_answered(demo: Done) -> None:
+    """A release that drops requests is an outage."""
+    said = re.search(r"(\d+) requests were answered meanwhile, (\d+) failed", demo.stderr)
+    assert said is not None
+    assert int(said[1]) > 0
+    assert int(said[2]) == 0
+
+
+def test_no_phi_leaves_the_three_folders(demo: Done) -> None:
+    """One name in a log, a metric or a Parquet file is a breach that must be reported."""
+    secrets = _identifiers(demo.project / "hospital")
+    assert len(secrets) > 300
+    pattern = re.compile(b"|".join(re.escape(secret) for secret in sorted(secrets, key=len, reverse=True)), re.IGNORECASE)
+    leaks = []
+    for path in sorted(demo.project.rglob("*")):
+        inside = path.relative_to(demo.project).parts[0]
+        if inside in ("landing", "quarantine", "identity", "hospital") or not path.is_file():
+            continue
+        text = path.read_bytes() if path.suffix != ".parquet" else _as_text(path)
+        if pattern.search(text) or pattern.search(str(path).encode()):
+            leaks.append(str(path.relative_to(demo.project)))
+    assert leaks == []
+    assert not pattern.search(demo.stderr.encode())
+
+
+def _as_text(path: Path) -> bytes:
+    table = pq.read_table(path)
+    out = io.StringIO()
+    for row in table.to_pylist():
+        out.write(str(row))
+    return out.getvalue().encode()
+
+
+def _identifiers(hospital: Path) -> set[bytes]:
+    """Names, identifiers and UIDs of the originals, long enough not to occur by chance."""
+    found: set[str] = set()
+    for path in hospital.rglob("IM*.dcm"):
+        ds = pydicom.dcmread(path, stop_before_pixels=True)
+        found |= {str(ds.PatientID), str(ds.AccessionNumber), ds.SOPInstanceUID, ds.StudyInstanceUID}
+        found |= {part for part in re.split(r"[\^=]", str(ds.PatientName)) if len(part) >= 6}
+    return {text.encode() for text in found if len(text) >= 6}
+
+
+def test_second_run_says_that_it_is_complete(demo: Done) -> None:
+    """`make run` twice must neither begin again nor pretend to have worked."""
+    again = radloop("demo", str(demo.project), "--size", "small", "--yes")
+    assert "This demo is complete" in again.stderr
+
+
+def test_killed_demo_goes_on(tmp_path: Path) -> None:
+    """Ctrl-C or a dead battery in the first minute must not cost that minute, nor leave servers behind."""
+    project = tmp_path / "killed"
+    command = [sys.executable, "-m", "radloop.cli", "demo", str(project), "--size", "small", "--yes"]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    until = time.monotonic() + 240
+    while time.monotonic() < until and len(_done(project)) < 3:
+        time.sleep(0.2)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    done = len(_done(project))
+    assert done >= 3
+    until = time.monotonic() + 20
+    while (left := _processes(project)) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert left == []
+    other = radloop("demo", str(project), "--size", "full", "--help")  # reading help touches nothing
+    assert len(_done(project)) == done
+    assert "--fresh" in other.stdout
+
+
+def _done(project: Path) -> list[object]:
+    try:
+        return msgspec.json.decode((project / "demo.json").read_bytes())["done"]  # type: ignore[no-any-return]
+    except (FileNotFoundError, msgspec.DecodeError):
+        return []
+
+
+def _processes(project: Path) -> list[str]:
+    """Command lines of processes that name this project."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = entry.read_bytes()
+        except OSError:
+            continue
+        if str(project).encode() in line:
+            found.append(line.replace(b"\0", b" ").decode())
+    return found
