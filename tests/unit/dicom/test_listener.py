@@ -81,8 +81,21 @@ def image(
     return ds
 
 
+_OPENED: list[socket.socket] = []
+
+
+@pytest.fixture(autouse=True)
+def _close_sockets() -> Iterator[None]:
+    """pynetdicom leaves the requestor's socket open when its peer dies."""
+    yield
+    while _OPENED:
+        _OPENED.pop().close()
+
+
 def _no_delay(event: evt.Event) -> None:
-    event.assoc.dul.socket.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection = event.assoc.dul.socket.socket
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    _OPENED.append(connection)
 
 
 def associate(

@@ -44,8 +44,6 @@ def prepare(settings: Settings) -> Pipeline:
         validation=valid.validation,
         gates=[valid.verdict],
         key=key,
-        positive=list(settings.task.positive),
-        negative=list(settings.task.negative),
         fractions=[settings.split.train, settings.split.validation, settings.split.test],
     )
     return b.build()
@@ -147,8 +145,6 @@ def watch(settings: Settings) -> Pipeline:
         evaluation=evaluation,
         package=package,
         task=settings.task.name,
-        positive=list(settings.task.positive),
-        negative=list(settings.task.negative),
     ).performance
     b.add(
         w.alert,
@@ -164,8 +160,6 @@ def watch(settings: Settings) -> Pipeline:
         drift=drift,
         dataset=dataset,
         task=settings.task.name,
-        positive=list(settings.task.positive),
-        negative=list(settings.task.negative),
         patients_per_class=settings.watch.retrain_patients_per_class,
     )
     return b.build()

@@ -25,7 +25,8 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-from radloop.catalog.reason import Reason as Reason  # its words belong to the tables too
+from radloop.catalog.reason import RELEASABLE as RELEASABLE  # these words belong to the tables too
+from radloop.catalog.reason import Reason as Reason
 
 
 class Status(StrEnum):

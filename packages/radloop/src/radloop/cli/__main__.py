@@ -1,4 +1,5 @@
 """`python -m radloop.cli`: how engines call radloop under an environment's own Python."""
+
 from __future__ import annotations
 
 from radloop.cli import main

@@ -13,6 +13,8 @@ from typing import Any
 
 import msgspec
 
+from radloop.settings import secret
+
 
 @contextmanager
 def ending_with(stop: Callable[[], None]) -> Iterator[None]:
@@ -50,11 +52,16 @@ def announced(path: Path | None, host: str, port: int) -> Iterator[None]:
 
 
 @contextmanager
-def secret_file(value: bytes) -> Iterator[Path]:
+def secret_file(reference: str, project: Path) -> Iterator[Path]:
     """A file of mode 0600 that holds a secret, for a child process that takes a path, for as long as this one runs.
 
-    In memory (/dev/shm) where there is such a place: a key kept out of the file system must not be left there by us.
+    For a `file:` reference it is that file. The value of an `env:` reference stands in memory (/dev/shm) where there is such
+    a place: a key kept out of the file system must not be left there by us.
     """
+    value = secret(reference, project)
+    if reference.startswith("file:"):
+        yield project / reference.removeprefix("file:")
+        return
     memory = Path("/dev/shm")  # noqa: S108 - a folder of our own is made in it, 0700
     with tempfile.TemporaryDirectory(prefix="radloop-", dir=memory if memory.is_dir() else None) as folder:
         path = Path(folder, "secret")

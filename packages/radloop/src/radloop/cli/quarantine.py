@@ -97,7 +97,7 @@ def register(app: typer.Typer) -> None:
         json: Json = False,
     ) -> None:
         """Show one entry: what was wrong, at which stage, and what can be done."""
-        from radloop.catalog.schema import RELEASABLE
+        from radloop.catalog.reason import RELEASABLE
 
         with catalog_at(project) as catalog:
             row = catalog.quarantine_row(entry)

@@ -126,14 +126,10 @@ def serve_until_stopped(
     """Run the supervisor in this process. Raises ServingError if the port is busy or another one serves this project."""
     from radloop.cli.foreground import announced, ending_with, secret_file
     from radloop.serving.supervisor import Supervisor
-    from radloop.settings import secret
 
     with ExitStack() as stack:
-        # Predictors read a key in hex; the project's key is the bytes of its reference, whatever they are.
-        key = stack.enter_context(secret_file(secret(settings.deidentify.key, project).hex().encode()))
-        token = (
-            stack.enter_context(secret_file(secret(settings.serve.token, project))) if settings.serve.token else None
-        )
+        key = stack.enter_context(secret_file(settings.deidentify.key, project))
+        token = stack.enter_context(secret_file(settings.serve.token, project)) if settings.serve.token else None
         host = settings.serve.host
         supervisor = Supervisor(
             project,

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from radloop.catalog.schema import Instance
 
 _BATCH = 64
+CLASSES = {"1": 1, "0": 0}
+"""Label values as `radloop labels import` stores them, whatever words the file used."""
 
 
 @stage(cache=False)
@@ -223,8 +225,6 @@ def publish(
     *,
     home: Home,
     key: Secret = "file:radloop.key",
-    positive: list[str] = ["1"],  # noqa: B006
-    negative: list[str] = ["0"],  # noqa: B006
     fractions: list[float] = [0.6, 0.15, 0.25],  # noqa: B006
 ) -> None:
     """Join images, labels and parts into an immutable dataset version, and record it.
@@ -247,7 +247,6 @@ def publish(
     revisions = {row["sop_uid"]: row["revision"] for row in table.select(["sop_uid", "revision"]).to_pylist()}
     table = table.filter(pc.invert(pc.is_in(table["sop_uid"], pa.array(sorted(lost), pa.string()))))
     fraction = pseudonymiser(home, key).fraction
-    classes = {**dict.fromkeys(map(str, positive), 1), **dict.fromkeys(map(str, negative), 0)}
     with open_catalog(home) as catalog:
         catalog.refuse(
             [
@@ -269,7 +268,7 @@ def publish(
             decided = split.parts(patients, fraction, fractions, decided=catalog.parts())
             parts = catalog.assign_parts(decided, key_id=str(table["key_id"][0].as_py()))
             by = "patient"
-        built = manifest.build(table, _label_rows(told), parts, classes=classes, parts_by=by)  # type: ignore[arg-type]
+        built = manifest.build(table, _label_rows(told), parts, classes=CLASSES, parts_by=by)  # type: ignore[arg-type]
         digest = manifest.write(built, dataset.file("manifest.parquet"))
         dataset.counts.update(manifest.counts(built))
         kept = f"datasets/{digest}.parquet"

@@ -33,10 +33,17 @@ def open_catalog(home: Path) -> Catalog:
 
 
 def pseudonymiser(home: Path, key: str) -> Pseudonymiser:
-    """The pseudonymiser of the project key that `key` refers to."""
+    """The pseudonymiser of the project key that `key` refers to. Raises SettingsError if that is no hexadecimal text."""
     from radloop.dicom.uids import Pseudonymiser
 
-    return Pseudonymiser(secret(key, home))
+    try:
+        return Pseudonymiser(bytes.fromhex(secret(key, home).decode()))
+    except ValueError:  # its message would repeat the key
+        raise SettingsError(
+            f"the project key {key} cannot be read",
+            expected="64 hexadecimal digits, as `radloop init` writes them",
+            next_step="restore it from your backup",
+        ) from None
 
 
 def open_landing(home: Path, catalog: Catalog) -> Landing:

@@ -84,15 +84,13 @@ def performance(
     *,
     home: Home,
     task: str = "finding",
-    positive: list[str] = ["1"],  # noqa: B006
-    negative: list[str] = ["0"],  # noqa: B006
 ) -> None:
     """Join the window with the labels that have arrived, and measure."""
     from radloop.monitoring import performance as measure
 
     decision = package.json("decision.json")
     assert isinstance(decision, dict)
-    labels = labels_now(home, task, positive, negative)
+    labels = labels_now(home, task)
     measured = evaluation.json("evaluation.json")
     assert isinstance(measured, dict)
     found = measure.assess(
@@ -159,8 +157,6 @@ def decide(
     *,
     home: Home,
     task: str = "finding",
-    positive: list[str] = ["1"],  # noqa: B006
-    negative: list[str] = ["0"],  # noqa: B006
     patients_per_class: int = 20,
 ) -> None:
     """Whether to train again: a labelling request is open and enough newly labelled patients of each class are there."""
@@ -170,7 +166,7 @@ def decide(
     report = drift.json("drift.json")
     assert isinstance(report, dict)
     learnt = {row["sop_uid"] for row in read_table(dataset.file("manifest.parquet")) if row["label"] is not None}
-    labels = labels_now(home, task, positive, negative)
+    labels = labels_now(home, task)
     new: dict[int, set[str]] = defaultdict(set)
     with open_catalog(home) as catalog:
         asked = catalog.label_requests("open")
@@ -197,14 +193,14 @@ def window_rows(predictions: In[Predictions]) -> list[dict[str, Any]]:
     return msgspec.json.decode(predictions.file("predictions.json").read_bytes(), type=list[dict[str, Any]])
 
 
-def labels_now(home: Home, task: str, positive: list[str], negative: list[str]) -> dict[str, int]:
+def labels_now(home: Home, task: str) -> dict[str, int]:
     """Pseudonymous SOP UID -> 0 or 1, of all labels that join an instance now."""
+    from radloop.stages.prepare import CLASSES
     from radloop.stages.project import open_catalog
 
-    classes = {**dict.fromkeys(positive, 1), **dict.fromkeys(negative, 0)}
     with open_catalog(home) as catalog:
         values = catalog.resolve_labels(task).values
-    return {uid: classes[value] for uid, (value, _) in values.items() if value in classes}
+    return {uid: CLASSES[value] for uid, (value, _) in values.items() if value in CLASSES}
 
 
 def _tell(catalog: Any, one: Any, smtp: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ class Scanner:
         gamma: exponent of the tone curve on the 0 to 1 scale, 0 dark.
         grid: amplitude of the anti-scatter grid's lines; collimated: widest border in fractions of a side.
         zoom: how much larger than the field the trunk is drawn.
+        electrodes: most ECG electrodes on a chest: this site radiographs its wards' patients in bed.
     """
 
     manufacturer: str
@@ -53,18 +54,19 @@ class Scanner:
     grid: float
     collimated: float
     zoom: float
+    electrodes: int
 
 
 SCANNERS: dict[str, Scanner] = {
     "A": Scanner(
         "Aurora Imaging", "Aurora CR 12", "CR", 288, 256, 1.4, 12, "MONOCHROME2",
         photons=9000, blur_px=0.7, exposure=0.05, gain_spread=0.10, equalise=0.0, gamma=1.0,
-        grid=0.0, collimated=0.0, zoom=1.0,
+        grid=0.0, collimated=0.0, zoom=1.0, electrodes=0,
     ),
     "B": Scanner(
         "Boreal Medical", "Boreal DX 300", "DX", 320, 320, 1.34, 14, "MONOCHROME1",
         photons=1200, blur_px=2.2, exposure=0.04, gain_spread=0.08, equalise=0.6, gamma=0.7,
-        grid=0.02, collimated=0.16, zoom=0.82,
+        grid=0.02, collimated=0.16, zoom=0.82, electrodes=4,
     ),
 }  # fmt: skip
 
@@ -132,6 +134,8 @@ def radiograph(body: Anatomy, scanner: Scanner, rng: Generator, *, finding: bool
     attenuation += _vessels(body, x, y, rng) * lungs
     if finding:
         attenuation += _opacities(lungs, x, y, rng)
+    for _ in range(int(rng.integers(scanner.electrodes + 1))):
+        attenuation += _electrode(x, y, rng)
     return _exposed(attenuation, scanner, rng)
 
 
@@ -289,13 +293,23 @@ def _opacities(lungs: Plane, x: Plane, y: Plane, rng: Generator) -> Plane:
     for _ in range(int(rng.choice((1, 1, 2, 3)))):
         at = int(rng.choice(inside))
         cx, cy = float(x.flat[at]), float(y.flat[at])
-        size, strength = rng.uniform(0.11, 0.20), rng.uniform(1.0, 1.6)
+        size, strength = rng.uniform(0.11, 0.20), rng.uniform(1.2, 1.9)
         for _ in range(3):
             lobe = (cx + rng.normal(0, 0.6 * size), cy + rng.normal(0, 0.6 * size))
             axes = (size * rng.uniform(0.5, 1.0), size * rng.uniform(0.5, 1.0))
             total += np.float32(0.5 * strength) * _blob(x, y, lobe, axes, rng.uniform(0, np.pi))
     ragged = 1 + 0.25 * _texture(x.shape, 0.012, rng)
     return _plane(total * ragged * np.clip(lungs + 0.15, 0, 1))
+
+
+def _electrode(x: Plane, y: Plane, rng: Generator) -> Plane:
+    """An ECG electrode on the chest and the wire that leaves it sideways."""
+    cx, cy = rng.uniform(0.2, 0.65) * rng.choice((-1, 1)), rng.uniform(-0.5, 0.4)
+    radius = rng.uniform(0.045, 0.065)
+    off = np.hypot(x - cx, y - cy)
+    wire = np.abs(y - cy - rng.uniform(-0.3, 0.3) * (x - cx) - 0.05 * np.sin(6 * (x - cx)))
+    outwards = _step((x - cx) * np.sign(cx), 0.02)
+    return _plane(rng.uniform(0.7, 1.1) * _step(radius - off, 0.02) + 0.5 * outwards * _step(0.012 - wire, 0.01))
 
 
 def _exposed(attenuation: Plane, scanner: Scanner, rng: Generator) -> NDArray[np.uint16]:
