@@ -772,6 +772,22 @@ def test_sub_folders_may_be_sites(landing: Landing, tmp_path: Path) -> None:
     landing.receive_folder(tmp_path / "in", site=lambda path: path.split("/")[0])
 
 
+def test_a_file_name_that_is_no_utf_8_is_no_obstacle(landing: Landing, tmp_path: Path) -> None:
+    """If this failed, one file from an old Windows share would stop the import of all."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / os.fsdecode(b"M\xfcller")).write_bytes(image(1))
+    assert landing.receive_folder(tmp_path / "in", site="A").outcomes == {"new": 1}
+    source = landing._crosswalk.get(Identity.SOURCE, sha(image(1)), who="t", why="t")
+    assert os.fsencode((source or {})["path"]) == b"M\xfcller"
+
+
+@pytest.mark.parametrize("accession", ["", "   ", "\0"])
+def test_a_blank_accession_number_is_none(landing: Landing, accession: str) -> None:
+    """If this failed, unrelated studies would share a label, or an instance be lost for a field that it may leave out."""
+    assert receive(landing, image(1, AccessionNumber=accession)).kind == "new"
+    assert catalog_of(landing).pending()[0].accession_key is None
+
+
 def test_an_empty_or_missing_folder_is_an_error(landing: Landing, tmp_path: Path) -> None:
     """If this failed, a mistyped path would end in a run that trains on nothing new and says all is well."""
     (tmp_path / "empty" / "sub").mkdir(parents=True)

@@ -145,6 +145,7 @@ def watch(settings: Settings) -> Pipeline:
         evaluation=evaluation,
         package=package,
         task=settings.task.name,
+        label_definition=settings.watch.label_definition,
     ).performance
     b.add(
         w.alert,

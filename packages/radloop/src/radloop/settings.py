@@ -99,9 +99,14 @@ class Serve(_Section, frozen=True):
 
 
 class Watch(_Section, frozen=True):
-    """When production is called drifted, and when to train again."""
+    """When production is called drifted, and when to train again.
+
+    `label_definition`: what production's labels mean, where that is not what the model was trained on: the figures are then
+    shown as a change of population, not as the model's performance.
+    """
 
     window_patients: int = 500
+    label_definition: str = ""
     drift: dict[str, Any] = {}
     retrain_patients_per_class: int = 20
     label_request_size: int = 100

@@ -121,15 +121,15 @@ class Instances(Database):
         if deid_digest is not None:
             other = _table.c.deid_digest.is_distinct_from(deid_digest)
             wanted = or_(wanted, and_(_table.c.status == Status.ARCHIVED, other))
-        return self._instances(select(_table).where(wanted).order_by(_table.c.sop_uid))
+        return _by_uid(self._instances(select(_table).where(wanted)))
 
     def archived(self, sop_uids: Iterable[str] | None = None) -> list[Instance]:
         """De-identified instances in use, sorted by SOP instance UID; all of them, or those named."""
-        query = select(_table).where(_table.c.status == Status.ARCHIVED).order_by(_table.c.sop_uid)
+        query = select(_table).where(_table.c.status == Status.ARCHIVED)
         if sop_uids is None:
-            return self._instances(query)
+            return _by_uid(self._instances(query))
         found = [row for some in chunks(sop_uids) for row in self._instances(query.where(_table.c.sop_uid.in_(some)))]
-        return sorted(found, key=lambda row: row.sop_uid)
+        return _by_uid(found)
 
     def mark_archived(self, rows: Iterable[Archived]) -> int:
         """Record de-identified twins; one transaction. How many rows changed: superseded and refused ones do not."""
@@ -295,6 +295,11 @@ class Instances(Database):
 def instance(row: RowMapping) -> Instance:
     """A row of `instances` as its struct."""
     return as_struct(row, Instance)
+
+
+def _by_uid(rows: list[Instance]) -> list[Instance]:
+    """Sorted here, not by the database, whose order of characters depends on its locale."""
+    return sorted(rows, key=lambda row: row.sop_uid)
 
 
 def chunks(values: Iterable[T], size: int = CHUNK) -> Iterator[list[T]]:

@@ -136,8 +136,9 @@ def _in_force(connection: Connection, task: str) -> list[Label]:
     latest = select(*same, func.max(_table.c.row_revision).label("latest")).where(_table.c.task == task)
     newest = latest.group_by(*same).subquery()
     joined = and_(*(column == newest.c[column.name] for column in same), _table.c.row_revision == newest.c.latest)
-    query = select(_table).join(newest, joined).order_by(_table.c.key_kind, _table.c.key)
-    return [as_struct(row, Label) for row in connection.execute(query).mappings()]
+    rows = connection.execute(select(_table).join(newest, joined)).mappings()
+    # Sorted here, not by the database, whose order of characters depends on its locale.
+    return sorted((as_struct(row, Label) for row in rows), key=lambda label: (label.key_kind, label.key))
 
 
 def _count_matched(connection: Connection, kind: KeyKind, wanted: dict[tuple[KeyKind, str], str]) -> int:
@@ -160,9 +161,9 @@ def _matched(connection: Connection, kind: KeyKind, wanted: dict[tuple[KeyKind, 
 
 def _instances_in_use(connection: Connection) -> list[tuple[str, str, str | None]]:
     table = schema.instances
-    query = select(table.c.sop_uid, table.c.study_uid, table.c.accession_key).order_by(table.c.sop_uid)
+    query = select(table.c.sop_uid, table.c.study_uid, table.c.accession_key)
     query = query.where(table.c.status.in_((Status.RECEIVED, Status.ARCHIVED)))
-    return [(row.sop_uid, row.study_uid, row.accession_key) for row in connection.execute(query)]
+    return sorted((tuple(row) for row in connection.execute(query)), key=lambda row: row[0])
 
 
 def _paths(connection: Connection, sop_uids: set[str]) -> dict[str, list[str]]:

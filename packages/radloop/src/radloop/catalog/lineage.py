@@ -50,7 +50,7 @@ class Lineage(Database):
         """Patient -> part, of all who have one."""
         table = schema.patients
         with self._read() as connection:
-            return {row.patient: row.part for row in connection.execute(select(table).order_by(table.c.patient))}
+            return dict(sorted((row.patient, row.part) for row in connection.execute(select(table))))
 
     def add_dataset(
         self,
@@ -103,9 +103,10 @@ class Lineage(Database):
         """The instances of a dataset version, sorted by SOP instance UID."""
         table = schema.dataset_members
         query = select(table.c.sop_uid, table.c.revision, table.c.patient, table.c.part)
-        query = query.where(table.c.digest == digest).order_by(table.c.sop_uid)
         with self._read() as connection:
-            return [as_struct(row, Member) for row in connection.execute(query).mappings()]
+            rows = connection.execute(query.where(table.c.digest == digest)).mappings()
+            # Sorted here, not by the database, whose order of characters depends on its locale.
+            return sorted((as_struct(row, Member) for row in rows), key=lambda member: member.sop_uid)
 
     def add_model(
         self,

@@ -7,6 +7,7 @@ key derived from the crosswalk key, which rotates; the pseudonyms, which are the
 from __future__ import annotations
 
 import base64
+import json  # not msgspec: a path that is no UTF-8 must come through
 import os
 import sqlite3
 import threading
@@ -115,7 +116,7 @@ class Crosswalk:
                     known.add(key)
             cipher = MultiFernet(self._ciphers)
             new = [
-                (entry.kind.value, entry.pseudonym, cipher.encrypt(msgspec.json.encode(entry.values)))
+                (entry.kind.value, entry.pseudonym, cipher.encrypt(json.dumps(entry.values).encode()))
                 for key, entry in unique.items()
                 if (key[0].value, key[1]) not in known
             ]
@@ -228,7 +229,8 @@ def _transaction(database: sqlite3.Connection) -> Iterator[None]:
 
 def _decrypted(cipher: MultiFernet, value: bytes) -> dict[str, str]:
     try:
-        return msgspec.json.decode(cipher.decrypt(value), type=dict[str, str])
+        values: dict[str, str] = json.loads(cipher.decrypt(value))
+        return values
     except InvalidToken:
         raise SettingsError(
             "a value in the crosswalk is damaged, or was encrypted with another key",

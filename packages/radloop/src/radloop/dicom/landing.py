@@ -40,7 +40,7 @@ from radloop.dicom.folder import FolderReport, SiteOf, receive_folder
 from radloop.dicom.header import Header, read_header
 from radloop.dicom.identity import Crosswalk, Entry, Identity
 from radloop.dicom.same_pixels import same_pixels
-from radloop.dicom.uids import Pseudonymiser
+from radloop.dicom.uids import Pseudonymiser, normalise
 from radloop.errors import DataError, DicomError
 
 STAGE = "landing"
@@ -192,7 +192,7 @@ class Landing:
             patient=pseudonym.patient(header.patient_id, issuer),
             key_id=pseudonym.key_id,
             # The site numbers its studies, whoever issued the patient's identifier.
-            accession_key=pseudonym.accession(header.accession, arrival.site) if header.accession else None,
+            accession_key=pseudonym.accession(header.accession, arrival.site) if normalise(header.accession) else None,
             file_key=pseudonym.file(arrival.relative_path) if arrival.relative_path else None,
             site=arrival.site,
             sender=arrival.sender,

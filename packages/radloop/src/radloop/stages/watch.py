@@ -84,8 +84,12 @@ def performance(
     *,
     home: Home,
     task: str = "finding",
+    label_definition: str = "",
 ) -> None:
-    """Join the window with the labels that have arrived, and measure."""
+    """Join the window with the labels that have arrived, and measure.
+
+    Labels of another definition than the model's give figures that are shown, and compared with nothing.
+    """
     from radloop.monitoring import performance as measure
 
     decision = package.json("decision.json")
@@ -98,7 +102,7 @@ def performance(
         labels,
         threshold=decision["threshold"],
         reference=measure.reference_of(measured, label_definition=identity(package)["task"]),
-        label_definition=task,
+        label_definition=label_definition or task,
     )
     log(found.summary)
     performance.write_json("performance.json", msgspec.to_builtins(found))
