@@ -120,12 +120,13 @@ def associate(
     *,
     calling: str = "CT_A",
     called: str = "RADLOOP",
+    hold: bool = True,
 ) -> Association:
     ae = AE(ae_title=calling)
     for abstract, transfer in contexts:
         ae.add_requested_context(abstract, transfer)
     association = ae.associate("127.0.0.1", port, ae_title=called, evt_handlers=[(evt.EVT_CONN_OPEN, _no_delay)])
-    if association.is_established:
+    if association.is_established and hold:
         _hold_reactor(association)
     return association
 
@@ -327,7 +328,7 @@ def _start_server(home: Path) -> tuple[int, int]:
 
 def _send_until_cut(port: int, numbers: Sequence[int], done: set[int], timeout_s: float) -> None:
     """Send over one association; `done` gets what was acknowledged with Success before it was cut."""
-    association = associate(port)
+    association = associate(port, hold=timeout_s > 10)  # one that will be cut must see it
     association.dimse_timeout = timeout_s
     for number in numbers:
         if not association.is_established:

@@ -309,3 +309,14 @@ def test_predictive_values_follow_bayes() -> None:
     assert float(evaluate.ppv(0.9, 0.9, 0.1)) == pytest.approx(0.5)
     assert float(evaluate.npv(0.9, 0.9, 0.1)) == pytest.approx(0.81 / 0.82)
     assert float(evaluate.ppv(0.0, 1.0, 0.1)) == 0
+
+
+def test_a_factor_that_nobody_recorded_is_told(trained: Any) -> None:
+    """A gate passed without a word on sex would read as "the same in women and men"."""
+    groups = [
+        evaluate.Subgroup(factor=f, value=v, patients=50, positive=20, negative=30, auc=Interval(0.9, 0.8, 1.0))
+        for f, v in (("site", "A"), ("sex", "unknown"))
+    ]
+    measured = with_figures(trained.evaluation, subgroups=groups, gaps=[])
+    gate = next(g for g in gates.judge(measured, GateConfig()) if g.gate == "subgroups")
+    assert gate.detail.endswith("not recorded, hence not examined: sex")

@@ -23,7 +23,7 @@ from radloop.dicom.landing import Landing
 from radloop.dicom.listener import Listener
 from radloop.dicom.uids import Pseudonymiser
 from radloop.errors import DicomError
-from radloop.testing.hospital import SIZES, Hospital, clinic, demo_hospitals, labels_csv, make_hospital
+from radloop.testing.hospital import CONSPICUITY, SIZES, Hospital, clinic, demo_hospitals, labels_csv, make_hospital
 from radloop.testing.modality import send
 
 
@@ -204,6 +204,7 @@ def test_helpers_of_the_demo(tmp_path: Path, hospitals: dict[str, Hospital]) -> 
 def test_the_sizes_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both sites, progress over both, no patient or label shared between them."""
     monkeypatch.setitem(SIZES, "tiny", {"A": (25, 9), "B": (24, 8)})
+    monkeypatch.setitem(CONSPICUITY, "tiny", 1.0)
     seen: list[tuple[int, int]] = []
     made = demo_hospitals(tmp_path, "tiny", progress=lambda done, total: seen.append((done, total)))
     assert seen == [(i, 49) for i in range(1, 50)]

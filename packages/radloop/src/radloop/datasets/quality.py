@@ -129,7 +129,7 @@ def _mapped(
 def _table(passed: list[dict[str, Any]], rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """The passed rows as a table, with all columns of the input even where nothing passed."""
     names = dict.fromkeys(name for row in rows for name in row if not name.startswith("f_"))
-    columns = {"sop_uid": pa.array([row["sop_uid"] for row in passed], pa.string())}
+    columns: dict[str, Any] = {"sop_uid": pa.array([row["sop_uid"] for row in passed], pa.string())}
     columns |= {name: pa.array([row.get(name) for row in passed]) for name in names if name != "sop_uid"}
     columns["pixel_sha256"] = pa.array([row["pixel_sha256"] for row in passed], pa.string())
     for name in pixels.FEATURES:

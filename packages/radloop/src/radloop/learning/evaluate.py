@@ -44,7 +44,7 @@ class EvaluateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         minimum_patients: patients of each class below which a subgroup is insufficient evidence.
         examples: example images with saliency.
         seed: of the resamples and the audit's folds.
-        threads: CPU threads for the network; None: all. The last bits of a logit depend on it.
+        threads: CPU threads for the network; None: all. The last bits of a logit depend on their number.
     """
 
     threshold: Literal["youden", "sensitivity"] = "youden"
@@ -54,7 +54,7 @@ class EvaluateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     minimum_patients: int = 10
     examples: int = 8
     seed: int = 0
-    threads: int | None = None
+    threads: int | None = 1
 
 
 class Subgroup(msgspec.Struct, frozen=True, kw_only=True):

@@ -131,6 +131,9 @@ def _subgroups(evaluation: Evaluation, config: GateConfig) -> Gate:
             f"at most {config.subgroup_gap:g} is allowed"
         )
     )
+    blank = [g.factor for g in evaluation.subgroups if g.value == "unknown" and values[g.factor] == 1]
+    if blank:
+        seen += f"; not recorded, hence not examined: {', '.join(blank)}"
     verdict: Verdict = "pass"
     if figure is not None and figure > config.subgroup_gap:
         verdict = "fail"

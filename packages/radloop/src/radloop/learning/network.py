@@ -57,8 +57,8 @@ def create(description: Architecture) -> nn.Module:
 
 def save(network: nn.Module, description: Architecture, preprocessing: Preprocessing, folder: Path) -> None:
     """Write `weights.npz`, `architecture.json` and `preprocessing.json`: equal weights give equal bytes."""
-    weights = {name: value.detach().cpu().numpy() for name, value in sorted(network.state_dict().items())}
-    np.savez(folder / "weights.npz", allow_pickle=False, **weights)  # entries carry the fixed date 1980-01-01
+    state = {name: value.detach().cpu().contiguous().numpy() for name, value in sorted(network.state_dict().items())}
+    np.savez(folder / "weights.npz", allow_pickle=False, **state)  # entries carry the fixed date 1980-01-01
     (folder / "architecture.json").write_bytes(msgspec.json.encode(description, order="deterministic"))
     (folder / "preprocessing.json").write_bytes(msgspec.json.encode(preprocessing, order="deterministic"))
 

@@ -44,7 +44,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         max_gain: augmentation, contrast and brightness change by up to this fraction.
         patience: stop after so many epochs without a better validation AUC.
         seed: of initial weights, order and augmentation.
-        threads: CPU threads; None: all. Weights are the same for the same number only.
+        threads: CPU threads; None: all. Weights are the same for the same number only. One is the default: so small a
+            network gains little from a second core, and loses most of both where other processes want them.
         max_seconds: stop after the epoch that passes it. The result then depends on the machine's speed.
     """
 
@@ -58,7 +59,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_gain: float = 0.15
     patience: int = 8
     seed: int = 0
-    threads: int | None = None
+    threads: int | None = 1
     max_seconds: float | None = None
 
 
@@ -198,7 +199,9 @@ class _Loop:
         import torch
 
         self.config, self.device, self.progress, self.done = config, device, progress, 0
-        self.network = network.create(description).to(device)
+        # Channels last: half as fast again in oneDNN's kernels on a CPU, the same figures.
+        self._format = torch.channels_last
+        self.network = network.create(description).to(device).to(memory_format=self._format)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.loader = _loader(samples, config.batch_size, self.generator)
         self.epochs = config.epochs or min(
@@ -235,7 +238,8 @@ class _Loop:
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in self.loader:
-            yield augment(images.to(self.device), self.config, self.generator), labels.to(self.device)
+            made = augment(images.to(self.device), self.config, self.generator)
+            yield made.contiguous(memory_format=self._format), labels.to(self.device)
 
 
 def _loader(samples: Samples, batch_size: int, generator: Generator) -> DataLoader[Any]:

@@ -189,6 +189,11 @@ def validate(
         reviewed_schema=schema if schema.exists() else None,
     )
     message = f"schema {told['schema']}: {told['anomalies']} anomalies, {told['stops']} of them break it"
+    if told["verdict"] != "pass":
+        message += (
+            "\n  next: `radloop report` shows them; if the data is right and the schema is not, save the validation's"
+            " schema.proposed.pbtxt as schema.pbtxt in the project folder and run prepare again"
+        )
     detail = {"gate": "schema", "verdict": "pass" if told["verdict"] == "pass" else "fail", "detail": message}
     verdict.verdict(str(told["verdict"]), message, [{**detail, "figure": told["stops"], "bound": 0}])
 
@@ -339,6 +344,13 @@ def _clean(cleaner: Any, home: Path, row: Instance) -> Any:
     source = home / "landing" / row.source_sha256[:2] / f"{row.source_sha256}.dcm"
     relative = f"{row.study_uid}/{row.series_uid}/{row.sop_uid}.dcm"
     cleaned = cleaner.clean_file(source, home / "archive" / relative, site=row.site)
+    if cleaned.patient != row.patient:
+        raise DataError(
+            "an instance's patient is another one in the catalog than in its header",
+            expected=row.patient,
+            got=cleaned.patient,
+            next_step="the project key was changed: restore the one the archive was made with",
+        )
     return Archived(
         sop_uid=row.sop_uid,
         revision=row.revision,

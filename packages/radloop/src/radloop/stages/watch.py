@@ -144,13 +144,13 @@ def alert(
             if wanted.wanted and not catalog.label_requests("open"):
                 catalog.open_label_request(wanted.id, sop_uids=wanted.sop_uids(), why=report.summary, actor="watch")
                 log(f"opened a labelling request for {len(wanted.wanted)} images")
-        told = []
         if report.verdict == DRIFTED:
-            told.append(alerts.drift_alert(report, project=home.resolve().name, model=model))
+            calm = sum(row.payload["verdict"] != DRIFTED for row in catalog.ledger.rows(kind="drift"))
+            episode = f"{model}:{','.join(report.drifted_sites())}:{calm}"
+            _tell(catalog, alerts.drift_alert(report, project=home.resolve().name, model=model), episode, smtp)
         if found.verdict == DEGRADED:
-            told.append(alerts.performance_alert(found, project=home.resolve().name, model=model))
-        for one in told:
-            _tell(catalog, one, smtp)
+            one = alerts.performance_alert(found, project=home.resolve().name, model=model)
+            _tell(catalog, one, f"{model}:{found.verdict}", smtp)
 
 
 @stage(cache=False)
@@ -207,15 +207,17 @@ def labels_now(home: Home, task: str) -> dict[str, int]:
     return {uid: CLASSES[value] for uid, (value, _) in values.items() if value in CLASSES}
 
 
-def _tell(catalog: Any, one: Any, smtp: dict[str, Any]) -> None:
+def _tell(catalog: Any, one: Any, episode: str, smtp: dict[str, Any]) -> None:
+    """Send one alert, unless this episode (the same model, the same sites, no calm in between) was told already."""
     from radloop.monitoring import alerts
 
-    sent = {row.subject for row in catalog.ledger.rows(kind="alert") if row.payload.get("sent")}
-    payload = {"kind": one.kind, "subject": one.subject, "figures": one.figures}
+    payload = {"kind": one.kind, "subject": one.subject, "figures": one.figures, "episode": episode}
     if not smtp.get("smtp_host"):
-        catalog.ledger.append("alert", one.id, {**payload, "sent": False}, actor="watch", key=f"alert:{one.id}:kept")
+        key = f"alert:{one.kind}:{episode}:kept"
+        catalog.ledger.append("alert", one.id, {**payload, "sent": False}, actor="watch", key=key)
         log(f"{one.subject} (no [alerts] smtp_host: kept in the ledger)")
         return
+    told = {row.payload["episode"] for row in catalog.ledger.rows(kind="alert") if row.payload["sent"]}
     mail = alerts.Mail(
         host=smtp["smtp_host"],
         port=smtp["smtp_port"],
@@ -223,6 +225,7 @@ def _tell(catalog: Any, one: Any, smtp: dict[str, Any]) -> None:
         recipients=tuple(smtp["recipients"]),
         tls=smtp["tls"],
     )
-    if alerts.send(one, mail, already_sent=sent.__contains__).sent:
-        catalog.ledger.append("alert", one.id, {**payload, "sent": True}, actor="watch", key=f"alert:{one.id}")
+    if alerts.send(one, mail, already_sent=lambda _: episode in told).sent:
+        key = f"alert:{one.kind}:{episode}"
+        catalog.ledger.append("alert", one.id, {**payload, "sent": True}, actor="watch", key=key)
         log(f"sent: {one.subject}")

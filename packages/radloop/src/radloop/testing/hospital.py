@@ -46,6 +46,9 @@ SIZES: dict[str, dict[Site, tuple[int, int]]] = {
 }
 """(images, patients) of each site; broken files come on top."""
 
+CONSPICUITY = {"full": 1.0, "small": 2.5}
+"""The small size has too few images to learn a subtle finding from."""
+
 PREVALENCE = 0.45
 RETURNING = 0.4
 _SYNTAXES: dict[Site, tuple[tuple[str, float], ...]] = {
@@ -120,6 +123,7 @@ class _Exposure:
     instance: int
     finding: bool
     syntax: str
+    conspicuity: float = 1.0
 
 
 def make_hospital(
@@ -130,6 +134,7 @@ def make_hospital(
     site: Site,
     seed: int,
     broken: bool = True,
+    conspicuity: float = 1.0,
     workers: int = 1,
     progress: Progress | None = None,
 ) -> Hospital:
@@ -145,6 +150,7 @@ def make_hospital(
         site: "A" (CR, 12 bits, MONOCHROME2) or "B" (DX, 14 bits, MONOCHROME1, another look and younger patients).
         seed: the same seed gives the same patients, studies and pixels.
         broken: add what a modality and a PACS get wrong: see `Sent.kind`.
+        conspicuity: of the finding; 1 is subtle.
         workers: processes that draw.
         progress: called with (done, total).
     """
@@ -152,7 +158,7 @@ def make_hospital(
     if not least[0] <= patients <= images >= least[1]:
         raise ValueError(f"at least {least} patients and images expected, got {patients} and {images}")
     target = folder / "images"
-    planned = _planned(patients, images, site, seed)
+    planned = [replace(one, conspicuity=conspicuity) for one in _planned(patients, images, site, seed)]
     draw = partial(_write, target)
     sent: list[Sent] = []
     for one in _mapped(draw, planned, workers):
@@ -181,8 +187,9 @@ def demo_hospitals(
                 progress(offset + done, total)
 
         hospitals[site] = make_hospital(
-            folder / site, patients=patients, images=images, site=site, seed=seed, workers=workers, progress=step
-        )
+            folder / site, patients=patients, images=images, site=site, seed=seed, workers=workers, progress=step,
+            conspicuity=CONSPICUITY[size],
+        )  # fmt: skip
         before += images
     return hospitals
 
@@ -312,7 +319,7 @@ def _pixels(one: _Exposure) -> NDArray[np.uint16]:
     body_rng = np.random.default_rng((*one.seed, one.patient))
     body = phantoms.anatomy(body_rng, sex=one.who.sex, age_years=one.age_years)
     rng = np.random.default_rng((*one.seed, one.patient, int(one.sop_uid[-9:])))
-    return phantoms.radiograph(body, phantoms.SCANNERS[one.site], rng, finding=one.finding)
+    return phantoms.radiograph(body, phantoms.SCANNERS[one.site], rng, finding=one.finding, conspicuity=one.conspicuity)
 
 
 def _write(folder: Path, one: _Exposure) -> Sent:

@@ -65,8 +65,8 @@ SCANNERS: dict[str, Scanner] = {
     ),
     "B": Scanner(
         "Boreal Medical", "Boreal DX 300", "DX", 320, 320, 1.34, 14, "MONOCHROME1",
-        photons=1200, blur_px=2.2, exposure=0.04, gain_spread=0.08, equalise=0.6, gamma=0.7,
-        grid=0.02, collimated=0.16, zoom=0.82, electrodes=4,
+        photons=1200, blur_px=2.2, exposure=0.04, gain_spread=0.08, equalise=0.5, gamma=0.85,
+        grid=0.02, collimated=0.16, zoom=0.88, electrodes=3,
     ),
 }  # fmt: skip
 
@@ -116,7 +116,9 @@ def anatomy(rng: Generator, *, sex: str, age_years: float) -> Anatomy:
     )
 
 
-def radiograph(body: Anatomy, scanner: Scanner, rng: Generator, *, finding: bool) -> NDArray[np.uint16]:
+def radiograph(
+    body: Anatomy, scanner: Scanner, rng: Generator, *, finding: bool, conspicuity: float = 1.0
+) -> NDArray[np.uint16]:
     """One exposure of a chest.
 
     Args:
@@ -124,6 +126,7 @@ def radiograph(body: Anatomy, scanner: Scanner, rng: Generator, *, finding: bool
         scanner: the site's detector.
         rng: positioning, breathing, exposure, noise and the finding.
         finding: draw one to three blurred opacities into the lungs.
+        conspicuity: how much denser than usual they are: a model that sees few images needs plain ones.
 
     Returns:
         uint16 `(rows, columns)` in the scanner's photometric interpretation and bits.
@@ -133,7 +136,7 @@ def radiograph(body: Anatomy, scanner: Scanner, rng: Generator, *, finding: bool
     attenuation, lungs = _chest(body, x, y)
     attenuation += _vessels(body, x, y, rng) * lungs
     if finding:
-        attenuation += _opacities(lungs, x, y, rng)
+        attenuation += np.float32(conspicuity) * _opacities(lungs, x, y, rng)
     for _ in range(int(rng.integers(scanner.electrodes + 1))):
         attenuation += _electrode(x, y, rng)
     return _exposed(attenuation, scanner, rng)
