@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
+
+# Several threads that multiply 96 x 96 matrices spend their time waiting for each other: 24 ms an image against 0.4 ms.
+# It must stand before numpy is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def main() -> None:

@@ -45,5 +45,7 @@ def _encoded(dataset: pydicom.Dataset) -> tuple[Any, ...]:
 def _decoded_equal(first: pydicom.Dataset, second: pydicom.Dataset) -> bool:
     import numpy as np
 
-    a, b = first.pixel_array, second.pixel_array
+    from radloop.imaging import pixels
+
+    a, b = pixels.stored(first), pixels.stored(second)
     return a.shape == b.shape and bool(np.array_equal(a, b))

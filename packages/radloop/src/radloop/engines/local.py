@@ -47,7 +47,8 @@ def python_of(environment: str, environments: Mapping[str, str]) -> str:
 
 def environment_digests(environments: Mapping[str, str]) -> dict[str, str]:
     """What of each environment enters cache keys: names and versions of what is installed, and the source of radloop's
-    own packages in it that no stage imports at its top (radloop_tfdv)."""
+    own packages in it that no stage imports at its top (radloop_tfdv).
+    """
     digests = {}
     for name, python in {"core": sys.executable, **environments}.items():
         site = Path(python).parent.parent / "lib"

@@ -121,7 +121,7 @@ class Preprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The values that become 0 and 1, float32, shaped to broadcast against `native`."""
         if self.window == "hu":
             return np.array([self.low_hu], np.float32), np.array([self.high_hu], np.float32)
-        flat = native.reshape(*native.shape[:-2], -1)
+        flat = native.reshape(*native.shape[:-2], native.shape[-2] * native.shape[-1])
         last = flat.shape[-1] - 1
         low, high = round(last * self.p_low / 100), round(last * self.p_high / 100)
         ranked = np.partition(flat, (low, high), axis=-1)[..., (low, high), np.newaxis].astype(np.float32)

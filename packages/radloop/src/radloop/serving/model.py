@@ -19,7 +19,7 @@ from radloop.catalog.reason import Reason
 from radloop.dicom import tags
 from radloop.dicom.uids import Pseudonymiser
 from radloop.errors import DicomError, ServingError
-from radloop.imaging import pixels
+from radloop.imaging import pixels, sandbox
 from radloop.learning.package import Packaged
 
 TAGS = ("modality", "manufacturer", "view_position", "sex", "age_years", "rows", "columns")
@@ -82,6 +82,7 @@ class ServedModel:
                 next_step="point --key-file at the key of the project that trained this model",
             )
         self._packaged.check()
+        sandbox.warm()
 
     def predict(self, images: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Calibrated probabilities and decisions, each (n,), of preprocessed images (n, 1, size, size).

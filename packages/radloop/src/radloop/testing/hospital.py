@@ -46,7 +46,7 @@ SIZES: dict[str, dict[Site, tuple[int, int]]] = {
 }
 """(images, patients) of each site; broken files come on top."""
 
-CONSPICUITY = {"full": 1.0, "small": 2.5}
+CONSPICUITY = {"full": 1.0, "small": 2.0}
 """The small size has too few images to learn a subtle finding from."""
 
 PREVALENCE = 0.45
