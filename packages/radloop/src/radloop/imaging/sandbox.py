@@ -79,10 +79,12 @@ def decode(ds: Dataset, *, timeout_s: float = TIMEOUT_S) -> NDArray[Any]:
     return np.frombuffer(body, dtype=answer["dtype"]).reshape(answer["shape"])
 
 
-def warm() -> None:
-    """Start a child now, so that its second of imports is not the first compressed image's."""
-    if not _idle:
-        _idle.append(_Child())
+def warm(count: int) -> None:
+    """Start so many children and wait until they answer, so that their imports are not the first patients' time."""
+    children = [_Child() for _ in range(count - len(_idle))]
+    for child in children:
+        child.ask({"syntax": _JPEG_LS[0]}, b"", TIMEOUT_S)  # nothing to decode: it answers with an error
+        _idle.append(child)
 
 
 class _Child:

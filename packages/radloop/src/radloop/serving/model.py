@@ -59,6 +59,7 @@ class ServedModel:
         package: folder that `learning.package.build` wrote.
         pseudonymiser: made from the project's key.
         expect_digest: the model digest that is asked for; None takes what is there.
+        decoders: processes to hold ready for compressed images: as many as there are requests at once.
 
     Raises:
         ArtifactError: the package is damaged, this radloop preprocesses in another way than the one that trained the
@@ -66,7 +67,9 @@ class ServedModel:
         ServingError: another model than asked for; another project key.
     """
 
-    def __init__(self, package: Path, pseudonymiser: Pseudonymiser, *, expect_digest: str | None = None) -> None:
+    def __init__(
+        self, package: Path, pseudonymiser: Pseudonymiser, *, expect_digest: str | None = None, decoders: int = 1
+    ) -> None:
         self._packaged = Packaged(package)
         self._pseudonymiser = pseudonymiser
         identity = self._packaged.identity
@@ -82,7 +85,7 @@ class ServedModel:
                 next_step="point --key-file at the key of the project that trained this model",
             )
         self._packaged.check()
-        sandbox.warm()
+        sandbox.warm(decoders)
 
     def predict(self, images: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Calibrated probabilities and decisions, each (n,), of preprocessed images (n, 1, size, size).

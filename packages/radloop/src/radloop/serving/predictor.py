@@ -435,7 +435,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _hush()
     try:
         bound = _bind(options.host, options.port)
-        model = ServedModel(options.package, _pseudonymiser(options.key_file), expect_digest=options.expect_digest)
+        key = _pseudonymiser(options.key_file)
+        model = ServedModel(options.package, key, expect_digest=options.expect_digest, decoders=options.threads)
         token = None if options.token_file is None else _token(options.token_file)
     except (RadloopError, OSError) as error:
         sys.stderr.write(f"{error}\n")

@@ -74,7 +74,7 @@ def shadow(
         return
     if now.routing.strategy != "canary":  # a release that was killed in its canary goes on there
         rollout.deploy(home, rollout.shadow(home, ours), timeout_s=wait_s, progress=progress)
-    found = _watch_step(home, ours, judge, since="", wait_s=wait_s)
+    found = _judged(home, ours, "shadow") or _watch_step(home, ours, judge, since="", wait_s=wait_s)
     _conclude(home, ours, "shadow", found, released, verdict)
 
 
@@ -109,14 +109,14 @@ def canary(
     seen = []
     for percent in [step for step in steps if step >= begun]:
         rollout.deploy(home, rollout.canary(home, ours, percent), timeout_s=wait_s)
-        since = _since(home, ours, percent)
-        found = _watch_step(home, ours, judge, since=since, wait_s=wait_s)
+        since, step = _since(home, ours, percent), f"canary {percent} %"
+        found = _judged(home, ours, step) or _watch_step(home, ours, judge, since=since, wait_s=wait_s)
         seen.append({"percent": percent, **msgspec.to_builtins(found)})
         if found.verdict != "operationally_safe" or percent == steps[-1]:
-            _conclude(home, ours, f"canary {percent} %", found, released, verdict, steps=seen)
+            _conclude(home, ours, step, found, released, verdict, steps=seen)
             return
-        log(f"canary {percent} %: {found.verdict}, {found.n_patients} patients")
-        ledger(home, "release", ours, {"step": f"canary {percent} %", **msgspec.to_builtins(found)})
+        log(f"{step}: {found.verdict}, {found.n_patients} patients")
+        ledger(home, "release", ours, {"step": step, **msgspec.to_builtins(found)})
 
 
 @stage(cache=False)
@@ -171,7 +171,8 @@ def ledger(home: Path, kind: str, ours: ModelRef, payload: dict[str, Any]) -> No
     from radloop.stages.project import open_catalog
 
     with open_catalog(home) as catalog:
-        key = f"{kind}:{ours.model_digest}:{ours.version}:{payload['step']}"
+        attempt = len(catalog.ledger.rows(kind="rollback", subject=ours.model_digest))
+        key = f"{kind}:{ours.model_digest}:{ours.version}:{attempt}:{payload['step']}:{payload.get('n_patients', '')}"
         catalog.ledger.append(kind, ours.model_digest, payload, actor="release", key=key)
 
 
@@ -183,7 +184,27 @@ def _since(home: Path, ours: ModelRef, percent: int) -> str:
     ledger(home, "release", ours, {"step": step, "percent": percent})
     with open_catalog(home) as catalog:
         rows = catalog.ledger.rows(kind="release", subject=ours.model_digest)
-        return next(row.at for row in rows if row.payload["step"] == step)
+        return [row.at for row in rows if row.payload["step"] == step][-1]
+
+
+def _judged(home: Path, ours: ModelRef, step: str) -> JudgeVerdict | None:
+    """What the judge said of this step, if it looked already: it looks once, or its error rates would not hold.
+
+    Forgotten are a look at too few patients, and everything before a roll-back.
+    """
+    from radloop.serving.judge import JudgeVerdict
+    from radloop.stages.project import open_catalog
+
+    told = None
+    with open_catalog(home) as catalog:
+        for row in catalog.ledger.rows(subject=ours.model_digest):
+            if row.kind == "rollback":
+                told = None
+            elif row.kind == "release" and row.payload.get("step") == step and "verdict" in row.payload:
+                told = row.payload
+    if told is None or any(str(reason).startswith("patients:") for reason in told["reasons"]):
+        return None
+    return msgspec.convert(told, JudgeVerdict)
 
 
 def _watch_step(home: Path, ours: ModelRef, margins: dict[str, Any], *, since: str, wait_s: float) -> JudgeVerdict:
