@@ -37,8 +37,12 @@ minimum_patients = 8
 clinical_canary = true
 wait_s = 120.0
 
+# The first model is often wrong at site B, so the two must disagree there; the judge still stops on errors and delay.
 [release.judge]
 minimum_patients = 40
+agreement = 0.5
+mean_absolute_difference = 0.4
+ks_distance = 0.6
 
 [watch]
 retrain_patients_per_class = 15

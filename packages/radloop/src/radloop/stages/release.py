@@ -112,11 +112,10 @@ def canary(
         since, step = _since(home, ours, percent), f"canary {percent} %"
         found = _judged(home, ours, step) or _watch_step(home, ours, judge, since=since, wait_s=wait_s)
         seen.append({"percent": percent, **msgspec.to_builtins(found)})
-        if found.verdict != "operationally_safe" or percent == steps[-1]:
-            _conclude(home, ours, step, found, released, verdict, steps=seen)
+        _conclude(home, ours, step, found, released, verdict, steps=seen)
+        log(f"{step}: {found.verdict.replace('_', ' ')}, {found.n_patients} patients")
+        if found.verdict != "operationally_safe" and not _let_on(home, verdict):
             return
-        log(f"{step}: {found.verdict}, {found.n_patients} patients")
-        ledger(home, "release", ours, {"step": step, **msgspec.to_builtins(found)})
 
 
 @stage(cache=False)
@@ -185,6 +184,15 @@ def _since(home: Path, ours: ModelRef, percent: int) -> str:
     with open_catalog(home) as catalog:
         rows = catalog.ledger.rows(kind="release", subject=ours.model_digest)
         return [row.at for row in rows if row.payload["step"] == step][-1]
+
+
+def _let_on(home: Path, verdict: Any) -> bool:
+    """Whether a person approved the verdict just written: an undetermined step then leads to the next one."""
+    from radloop.artifact import describe
+    from radloop.stages.project import open_catalog
+
+    with open_catalog(home) as catalog:
+        return bool(catalog.ledger.rows(kind="approval", subject=describe(verdict.path, Verdict, {}).digest))
 
 
 def _judged(home: Path, ours: ModelRef, step: str) -> JudgeVerdict | None:
