@@ -10,12 +10,37 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from radloop import __version__
+from radloop.artifact import open_artifact
+from radloop.catalog.reason import Reason
 from radloop.errors import ArtifactError
 from radloop.stages.project import open_catalog, settings_of
 
 if TYPE_CHECKING:
     from radloop.catalog.store import Catalog
 
+MEANING = {
+    Reason.NOT_DICOM: "no DICOM file",
+    Reason.TRUNCATED: "the file ends before its data does",
+    Reason.UNKNOWN_TRANSFER_SYNTAX: "encoded in a way nobody here knows",
+    Reason.NO_PATIENT_ID: "no patient identifier, or a placeholder: it cannot be kept apart from others",
+    Reason.MISSING_UID: "an identifying UID is missing",
+    Reason.UID_CONFLICT: "another image under a SOP Instance UID that is known",
+    Reason.NO_PIXELS: "no image in it",
+    Reason.PIXELS_UNDECODABLE: "the image cannot be decoded",
+    Reason.UNEXPECTED_SOP_CLASS: "a kind of object that the task is not for",
+    Reason.UNEXPECTED_MODALITY: "a modality that the task is not for",
+    Reason.BAD_GEOMETRY: "size, spacing or orientation cannot be right",
+    Reason.BAD_WINDOW: "the display window cannot be right",
+    Reason.DUPLICATE_PIXELS: "the same image of the same patient again",
+    Reason.DUPLICATE_PIXELS_ACROSS_PATIENTS: "the same image under several patients: whose it is, is in doubt",
+    Reason.EMPTY_IMAGE: "nothing to be seen",
+    Reason.SATURATED_IMAGE: "largely over- or underexposed",
+    Reason.PHI_FOUND: "identifying text was left after cleaning",
+    Reason.BURNED_IN_DECLARED: "text is burned into the image, as it says itself",
+    Reason.UNSUPPORTED_OBJECT: "an object that cannot be de-identified safely yet",
+    Reason.MULTI_CHANNEL: "a colour image",
+    Reason.MULTI_FRAME: "several frames in one instance",
+}
 _LEDGER_ROWS = 40
 _TRACED = 20
 
@@ -37,6 +62,7 @@ def build(home: Path) -> dict[str, Any]:
                 "engine": "local",
                 "generated_at": now(),
             },
+            "status": _status(home, catalog, evaluations),
             "flow": _flow(home, catalog, runs),
             "quarantine": _quarantine(catalog),
             "datasets": [msgspec.to_builtins(version) for version in catalog.datasets()],
@@ -136,6 +162,7 @@ def _evaluations(home: Path, catalog: Catalog, runs: list[dict[str, Any]]) -> li
             "trained_at": model.created_at if model else "",
             "evaluation": evaluation,
             "gates": verdict["gates"] if verdict else [],
+            "verdict_digest": open_artifact(Path(run["outputs"]["evaluate.verdict"])).digest if verdict else "",
             "examples": [
                 {**{k: v for k, v in e.items() if k != "file"}, "image": folder / e["file"]}
                 for e in evaluation.get("examples", [])
@@ -172,9 +199,9 @@ def _flow(home: Path, catalog: Catalog, runs: list[dict[str, Any]]) -> dict[str,
         return int(found)
 
     kept = sum(sum(per.values()) for per in catalog.counts().values())
-    refused = sum(by_stage.get("receive", Counter()).values())
+    refused = sum(by_stage.get("landing", Counter()).values())
     steps = [
-        {"name": "received", "count": kept + refused, "lost": lost("receive")},
+        {"name": "received", "count": kept + refused, "lost": lost("landing")},
         {"name": "de-identified", "count": count("deidentify", "clean"), "lost": lost("deidentify")},
         {"name": "passed quality", "count": count("quality", "checked"), "lost": lost("quality")},
         {"name": "preprocessed", "count": count("preprocess", "tensors", "images"), "lost": lost("preprocess")},
@@ -185,9 +212,28 @@ def _flow(home: Path, catalog: Catalog, runs: list[dict[str, Any]]) -> dict[str,
     return {"steps": steps, "ends": [*ends, {"name": "predicted", "count": len(predicted - {None})}]}
 
 
+def _status(home: Path, catalog: Catalog, models: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The headline where a person decided what the newest model's gates could not; else the page makes its own."""
+    gates = models[-1]["gates"] if models else []
+    open_gates = [gate["gate"] for gate in gates if gate["verdict"] == "undetermined"]
+    approvals = {row.subject: row for row in catalog.ledger.rows(kind="approval")}
+    given = approvals.get(models[-1]["verdict_digest"]) if models else None
+    if given is None or not open_gates or any(gate["verdict"] == "fail" for gate in gates):
+        return None
+    passed = sum(gate["verdict"] == "pass" for gate in gates)
+    return {
+        "verdict": "approved",
+        "headline": f"The newest model passed {passed} of {len(gates)} gates; what was undetermined ({', '.join(open_gates)})"
+        f" was approved by {given.actor}.",
+    }
+
+
 def _quarantine(catalog: Catalog) -> list[dict[str, Any]]:
     counted = Counter((str(row.reason), row.stage) for row in catalog.quarantined(state=None))
-    return [{"reason": reason, "stage": stage, "count": n} for (reason, stage), n in sorted(counted.items())]
+    return [
+        {"reason": reason, "stage": stage, "count": n, "meaning": MEANING.get(Reason(reason), "")}
+        for (reason, stage), n in sorted(counted.items())
+    ]
 
 
 def _diffs(home: Path, catalog: Catalog) -> list[dict[str, Any]]:
@@ -212,9 +258,7 @@ def _rollouts(catalog: Catalog) -> list[dict[str, Any]]:
     for row in catalog.ledger.rows():
         if row.kind not in ("release", "rollback") or str(row.payload.get("step", "")).endswith("began"):
             continue
-        entry = found.setdefault(
-            row.subject, {"challenger": f"version {versions.get(row.subject)}", "steps": [], "verdict": ""}
-        )
+        entry = found.setdefault(row.subject, {"challenger": versions.get(row.subject), "steps": [], "verdict": ""})
         told = row.payload
         step: dict[str, Any] = {"name": told["step"], "at": row.at, "verdict": told.get("verdict", "")}
         if "figures" in told:
@@ -224,7 +268,7 @@ def _rollouts(catalog: Catalog) -> list[dict[str, Any]]:
             step["detail"] = told.get("why", "")
         if told["step"] == "promoted":
             step["verdict"], entry["verdict"] = "pass", "promoted"
-            entry["champion"], champion = champion, f"version {versions.get(row.subject)}"
+            entry["champion"], champion = champion, str(versions.get(row.subject))
         if "percent" in told or str(told["step"]).startswith("canary"):
             step["percent"] = float(str(told["step"]).split()[1]) if " " in str(told["step"]) else None
         if "n_patients" in told:
@@ -242,6 +286,7 @@ def _rollouts(catalog: Catalog) -> list[dict[str, Any]]:
 
 def _requests(catalog: Catalog, task: str) -> list[dict[str, Any]]:
     labelled = catalog.resolve_labels(task).values
+    sites = {row.sop_uid: row.site for row in [*catalog.pending(), *catalog.archived()]}
     return [
         {
             "id": request.id,
@@ -249,6 +294,7 @@ def _requests(catalog: Catalog, task: str) -> list[dict[str, Any]]:
             "status": request.status,
             "count": len(request.sop_uids),
             "arrived": sum(uid in labelled for uid in request.sop_uids),
+            "sites": Counter(sites.get(uid, "unknown") for uid in request.sop_uids),
             "why": request.why,
         }
         for request in catalog.label_requests()

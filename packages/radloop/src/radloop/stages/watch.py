@@ -11,7 +11,7 @@ from radloop.stage import Home, In, Out, stage
 from radloop.stage.execute import log
 from radloop.stages.kinds import Dataset, Decision, Drift, Evaluation, Package, Performance, Predictions
 
-_VOLATILE = ("prediction_id", "request_id", "at", "latency_ms")
+_KEPT = ("sop_uid", "study_uid", "patient", "site", "probability", "decision", "tags", "features")
 
 
 @stage(cache=False)
@@ -31,7 +31,7 @@ def collect(package: In[Package], predictions: Out[Predictions], *, home: Home, 
         latest.setdefault(str(row["patient"]))
     window = set(list(latest)[:patients])
     kept = {row["sop_uid"]: row for row in reversed(rows) if row["patient"] in window}
-    told = [{k: v for k, v in kept[uid].items() if k not in _VOLATILE} for uid in sorted(kept, key=str)]
+    told = [{name: kept[uid][name] for name in _KEPT} for uid in sorted(kept, key=str)]
     predictions.write_json("predictions.json", told)
     predictions.counts.update(images=len(told), patients=len(window), answered=len(rows))
 
