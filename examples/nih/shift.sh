@@ -5,8 +5,8 @@ data=$(cd "$1/cxr_nih1000_64" && pwd)
 cd "$2"
 
 # The champion: the last trained model, approved by whoever runs this example.
-while radloop run develop || [[ $? -eq 4 ]]; do
-    waiting=$(radloop status --json | python3 -c 'import json,sys; w=json.load(sys.stdin)["waiting"]; print(w[0]["subject"] if w else "")')
+until radloop run develop; do
+    waiting=$(radloop status --json | python3 -c 'import json,sys; print(next((w["digest"] for w in json.load(sys.stdin)["waiting"] if w["pipeline"] == "develop" and not w["approved"]), ""))')
     [[ -n $waiting ]] || break
     radloop approve "$waiting" --why "example on public data; the audit's finding is known: JPEG file size"
 done
@@ -14,7 +14,7 @@ radloop serve --ready-file serve.json &
 trap 'kill %1' EXIT
 while [[ ! -f serve.json ]]; do sleep 0.2; done
 radloop run release || [[ $? -eq 4 ]]
-waiting=$(radloop status --json | python3 -c 'import json,sys; print(json.load(sys.stdin)["waiting"][0]["subject"])')
+waiting=$(radloop status --json | python3 -c 'import json,sys; print(next(w["digest"] for w in json.load(sys.stdin)["waiting"] if w["pipeline"] == "release"))')
 radloop approve "$waiting" --why "example on public data"
 radloop run release
 

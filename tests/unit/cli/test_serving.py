@@ -173,7 +173,7 @@ def test_a_model_is_served_asked_and_traced(
     """The way of every answer that reaches a reader: gateway, predictor with the project's key, log, trace."""
     require_service("Envoy", "envoy")
     project = radloop.project
-    digest = packages.build(project / "artifacts/k/package", key=secret("file:radloop.key", project))
+    digest = packages.build(project / "artifacts/k/package", key=bytes.fromhex(secret("file:radloop.key", project).decode()))
     served = ModelRef(package="artifacts/k/package", version="1", model_digest=digest)
     with open_catalog(project) as catalog:
         catalog.add_dataset("d" * 64, path="datasets/d.parquet", members=[], actor="publish")
@@ -211,15 +211,19 @@ def test_serve_on_a_busy_port(inside: Run, require_service: Callable[..., str]) 
     assert "the gateway's port cannot be bound" in ran.err
 
 
-def test_a_secret_for_a_child_is_private_and_gone_after(project: Path) -> None:
+def test_a_secret_for_a_child_is_private_and_gone_after(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A key kept out of the file system on purpose must not be left there by a server that wants a path."""
     from radloop.cli.foreground import secret_file
 
-    with secret_file(b"5" * 64) as path:
+    monkeypatch.setenv("RADLOOP_KEY", "5" * 64)
+    with secret_file("env:RADLOOP_KEY", project) as path:
         assert path.read_bytes() == b"5" * 64
         assert path.stat().st_mode & 0o077 == 0
         assert path.parent.stat().st_mode & 0o077 == 0
     assert not path.parent.exists()
+    with secret_file("file:radloop.key", project) as path:
+        assert path == project / "radloop.key"
+    assert path.exists()
 
 
 def test_a_ready_file_is_whole_or_not_there(tmp_path: Path) -> None:

@@ -395,10 +395,9 @@ tfdv = "{tfdv_python(self.folder)}"
 
     def report(self) -> None:
         """One self-contained page."""
-        from radloop.monitoring import report
-        from radloop.stages.report import build
+        from radloop.cli.export import write_report
 
-        output.say(f"  {report.write(build(self.folder), self.folder / 'reports' / 'report.html')}")  # type: ignore[arg-type]
+        output.say(f"  {write_report(self.folder)}")
 
     def _summary(self, status: str, code: int) -> dict[str, Any]:
         from radloop.stages.project import open_catalog

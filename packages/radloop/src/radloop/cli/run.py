@@ -41,6 +41,7 @@ def register(app: typer.Typer) -> None:
         `release` needs `radloop serve` running. When `watch` finds drift and the labels to learn from it have arrived, the
         loop goes round once more.
         """
+        from radloop.cli.export import write_report
         from radloop.settings import load
         from radloop.stage.protocol import EXIT
         from radloop.stages.project import check
@@ -50,7 +51,7 @@ def register(app: typer.Typer) -> None:
         settings = load(project)
         check(settings)
         results = [run_one(project, settings, pipeline)] if pipeline else list(run_loop(project, settings))
-        last = results[-1]
+        last, page = results[-1], write_report(project)
         if json:
             import msgspec
 
@@ -58,6 +59,7 @@ def register(app: typer.Typer) -> None:
         else:
             for result in results:
                 summarise(result)
+            print(f"report: {page}")
         raise typer.Exit(EXIT[last.status])
 
 
