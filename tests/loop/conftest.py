@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ class Done(NamedTuple):
     stderr: str
 
 
-def radloop(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+def run_radloop(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user does, in another process."""
     environment = {**os.environ, "RADLOOP_DEBUG": "1"}
     done = subprocess.run(
@@ -37,9 +38,15 @@ def radloop(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[
 
 
 @pytest.fixture(scope="session")
+def radloop() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The command line, as a function."""
+    return run_radloop
+
+
+@pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Done:
     """`radloop demo --size small --yes`, once."""
     project = tmp_path_factory.mktemp("demo") / "hospital-demo"
-    done = radloop("demo", str(project), "--size", "small", "--yes", "--json")
+    done = run_radloop("demo", str(project), "--size", "small", "--yes", "--json")
     told = msgspec.json.decode(done.stdout[done.stdout.index("{") :])
     return Done(project, told, done.stderr)

@@ -20,7 +20,6 @@ from radloop.catalog.store import Catalog
 from radloop.cli.init import make_project
 from radloop.testing.hospital import make_hospital
 
-KILLS = int(os.environ.get("RADLOOP_KILLS", "30" if os.environ.get("RADLOOP_TORTURE") else "5"))
 SETTINGS = """
 [task]
 name = "opacity"
@@ -123,7 +122,8 @@ def approve(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(4000)
-def test_killed_at_any_moment_it_goes_on_to_the_same_end(tmp_path: Path, hospital: Path) -> None:
+@pytest.mark.parametrize("kills", [5, pytest.param(30, marks=pytest.mark.torture)])
+def test_killed_at_any_moment_it_goes_on_to_the_same_end(tmp_path: Path, hospital: Path, kills: int) -> None:
     """A night's run that dies with the machine must not publish another dataset, nor the same one twice."""
     began = time.monotonic()
     calm = project(tmp_path / "calm", hospital, None)
@@ -131,7 +131,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(tmp_path: Path, hospita
     length = time.monotonic() - began
     random_moments = random.Random(7)
     torn = project(tmp_path / "torn", hospital, calm)
-    for number in range(KILLS):
+    for number in range(kills):
         pipeline = "develop" if number % 2 and (torn / "datasets").exists() else "prepare"
         run = radloop(torn, "run", pipeline)
         time.sleep(random_moments.uniform(0.2, max(length / 3, 2.0)))

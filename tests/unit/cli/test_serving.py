@@ -173,7 +173,9 @@ def test_a_model_is_served_asked_and_traced(
     """The way of every answer that reaches a reader: gateway, predictor with the project's key, log, trace."""
     require_service("Envoy", "envoy")
     project = radloop.project
-    digest = packages.build(project / "artifacts/k/package", key=bytes.fromhex(secret("file:radloop.key", project).decode()))
+    digest = packages.build(
+        project / "artifacts/k/package", key=bytes.fromhex(secret("file:radloop.key", project).decode())
+    )
     served = ModelRef(package="artifacts/k/package", version="1", model_digest=digest)
     with open_catalog(project) as catalog:
         catalog.add_dataset("d" * 64, path="datasets/d.parquet", members=[], actor="publish")

@@ -161,6 +161,7 @@ def watch(settings: Settings) -> Pipeline:
         drift=drift,
         dataset=dataset,
         task=settings.task.name,
+        label_definition=settings.watch.label_definition,
         patients_per_class=settings.watch.retrain_patients_per_class,
     )
     return b.build()

@@ -161,6 +161,7 @@ def decide(
     *,
     home: Home,
     task: str = "finding",
+    label_definition: str = "",
     patients_per_class: int = 20,
 ) -> None:
     """Whether to train again: a labelling request is open and enough newly labelled patients of each class are there."""
@@ -183,6 +184,8 @@ def decide(
         f"({patients_per_class} of each wanted), {len(asked)} labelling requests open"
     )
     retrain = bool(asked) and enough
+    if label_definition and label_definition != task:
+        retrain, why = False, f"the labels mean something else ({label_definition}) and teach this task nothing; {why}"
     decision.write_json("decision.json", {"retrain": retrain, "why": why, "requests": [r.id for r in asked]})
     log(f"{'train again' if retrain else 'no training now'}: {why}")
 
