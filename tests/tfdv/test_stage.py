@@ -16,7 +16,7 @@ from radloop.engines import local
 from radloop.errors import SettingsError
 from radloop.pipeline import Builder, Pipeline
 from radloop.stages import prepare
-from radloop.stages.kinds import TABLE, Instances, Validation
+from radloop.stages.kinds import TABLE, Instances, Schema, Validation
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -41,7 +41,8 @@ def pipeline() -> Pipeline:
     builder = Builder("validation")
     table = builder.input("checked", Instances)
     baseline = builder.input("baseline", Validation, optional=True)
-    builder.add(prepare.validate, checked=table, baseline=baseline)
+    reviewed = builder.input("reviewed", Schema)
+    builder.add(prepare.validate, checked=table, reviewed=reviewed, baseline=baseline)
     return builder.build()
 
 
@@ -61,23 +62,41 @@ def instances(folder: Path, sites: list[str]) -> Path:
     return commit(written, folder / "instances", Instances, {"instances": n}).path
 
 
+def schema(folder: Path, text: bytes | None = None) -> Path:
+    """Commit what a person reviewed, or nothing, and return its directory."""
+    written = folder / "schema-written"
+    written.mkdir(parents=True)
+    if text is not None:
+        (written / "schema.pbtxt").write_bytes(text)
+    return commit(written, folder / "schema", Schema, {}).path
+
+
 def test_stage_validate_runs_under_its_own_python(tfdv_python: Path, tmp_path: Path) -> None:
     """The local engine has to hand the stage over to the other environment, and get artifact and verdict back."""
     environments = {"tfdv": str(tfdv_python)}
     home = tmp_path / "home"
     one = instances(tmp_path / "one", ["A"])
-    first = local.run(pipeline(), home=home, inputs={"checked": one, "baseline": None}, environments=environments)
+    none = schema(tmp_path / "none")
+    given: dict[str, Path | None] = {"checked": one, "reviewed": none, "baseline": None}
+    first = local.run(pipeline(), home=home, inputs=given, environments=environments)
     assert first.status == "succeeded", first.message
     assert first.output("validate.validation").json("anomalies.json") == []
     assert first.output("validate.verdict").json("verdict.json")["verdict"] == "pass"  # type: ignore[index]
 
     two = instances(tmp_path / "two", ["A", "B"])
-    given = {"checked": two, "baseline": first.output("validate.validation").path}
+    given = {"checked": two, "reviewed": none, "baseline": first.output("validate.validation").path}
     second = local.run(pipeline(), home=home, inputs=given, environments=environments)
     assert second.status == "succeeded", second.message
     summary = second.output("validate.validation").json("summary.json")
     assert isinstance(summary, dict)
     assert (summary["schema"], summary["warnings"], summary["drifted"]) == ("baseline", 1, ["site"])
+
+    proposed = second.output("validate.validation").path / "schema.proposed.pbtxt"
+    given["reviewed"] = schema(tmp_path / "reviewed", proposed.read_bytes())
+    third = local.run(pipeline(), home=home, inputs=given, environments=environments)
+    reviewed = third.output("validate.validation").json("summary.json")
+    assert isinstance(reviewed, dict)
+    assert (reviewed["schema"], reviewed["anomalies"]) == ("reviewed", 0), "a reviewed schema must be looked at anew"
 
 
 def test_missing_environment_names_the_command(tmp_path: Path) -> None:
