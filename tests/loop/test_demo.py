@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import signal
 import subprocess
@@ -146,6 +147,42 @@ def _identifiers(hospital: Path) -> set[bytes]:
         found |= {str(ds.PatientID), str(ds.AccessionNumber), ds.SOPInstanceUID, ds.StudyInstanceUID}
         found |= {part for part in re.split(r"[\^=]", str(ds.PatientName)) if len(part) >= 6}
     return {text.encode() for text in found if len(text) >= 6}
+
+
+def test_report_opens_in_a_browser(demo: Any) -> None:
+    """The page is what a radiologist signs: it must open whole, alone, and show that the loop closed."""
+    if not Path("/usr/bin/chromium").exists():
+        assert "services" not in os.environ.get("RADLOOP_REQUIRE", ""), "no Chromium (make test-deps)"
+        pytest.skip("no Chromium (make test-deps)")
+    from playwright.sync_api import sync_playwright
+
+    arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    said: list[str] = []
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path="/usr/bin/chromium", args=arguments)
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.on("console", lambda message: said.append(message.text))
+        page.on(
+            "request",
+            lambda request: said.append(request.url) if not request.url.startswith(("file:", "data:")) else None,
+        )
+        page.goto((demo.project / "reports" / "report.html").as_uri())
+        text = page.inner_text("body")
+        broken = page.evaluate("[...document.images].filter(i => !i.complete || !i.naturalWidth).length")
+        browser.close()
+    assert said == []
+    assert broken == 0
+    assert "not run yet" not in text.lower()
+    for words in (
+        "Not a medical device",
+        "Quarantine",
+        "ROC",
+        "Subgroups",
+        "canary 100 %",
+        "Drifted",
+        "Trace of one prediction",
+    ):
+        assert words.lower() in text.lower(), words
 
 
 def test_second_run_says_that_it_is_complete(demo: Any, radloop: Any) -> None:

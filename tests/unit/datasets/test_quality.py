@@ -189,6 +189,20 @@ def test_duplicates_across_patients_are_all_refused(tmp_path: Path) -> None:
     assert {r.reason for r in refused} == {Reason.DUPLICATE_PIXELS_ACROSS_PATIENTS}
 
 
+def test_what_a_person_released_passes_for_that_reason_only(tmp_path: Path) -> None:
+    """A release from quarantine that changes nothing is a button without a wire; one that opens every door is worse."""
+    path = written(tmp_path / "1.dcm", black(0.97), WindowCenter=1, WindowWidth=-5)
+    assert check_one(path, released={"2.25.1": {"BAD_WINDOW"}}).reason is Reason.EMPTY_IMAGE  # type: ignore[union-attr]
+    assert check_one(path, released={"2.25.1": {"BAD_WINDOW", "EMPTY_IMAGE"}}) is None
+    assert check_one(path, released={"2.25.9": {"BAD_WINDOW", "EMPTY_IMAGE"}}) is not None
+    good = written(tmp_path / "2.dcm", noise(1))
+    rows = [row(good, "2.25.1", "P1"), row(good, "2.25.2", "P2")]
+    overruled = {"2.25.2": {"DUPLICATE_PIXELS_ACROSS_PATIENTS"}}
+    passed, refused = quality.check(rows, tmp_path, released=overruled)
+    assert passed["sop_uid"].to_pylist() == ["2.25.2"]
+    assert [r.sop_uid for r in refused] == ["2.25.1"]
+
+
 def test_a_refused_twin_still_casts_doubt_on_another_patients_copy(tmp_path: Path) -> None:
     """Whose image it is stays unknown, whatever else is wrong with one of the two headers."""
     good = written(tmp_path / "1.dcm", noise(1))

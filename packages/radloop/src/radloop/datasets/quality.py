@@ -11,8 +11,9 @@ import io
 import math
 import multiprocessing
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,6 +65,7 @@ def check(
     *,
     expected_modalities: Collection[str] = (),
     expected_sop_classes: Collection[str] = (),
+    released: Mapping[str, Collection[str]] | None = None,
     progress: Callable[[int, int], None] | None = None,
     workers: int = 1,
 ) -> tuple[pa.Table, list[Refused]]:
@@ -78,6 +80,7 @@ def check(
         archive: the de-identified archive.
         expected_modalities: Modality must be one of them; empty accepts all.
         expected_sop_classes: SOPClassUID must be one of them; empty accepts all.
+        released: sop_uid -> reasons that a person has overruled for it.
         progress: called with (done, total).
         workers: processes; 1 works in this one.
 
@@ -92,13 +95,14 @@ def check(
     twice = len(ordered) - len({row["sop_uid"] for row in ordered})
     if twice:
         raise DataError("an instance comes twice", expected="one row a sop_uid", got=f"{twice} more")
-    look = partial(_look, archive, frozenset(expected_modalities), frozenset(expected_sop_classes))
+    overruled = released or {}
+    look = partial(_look, archive, frozenset(expected_modalities), frozenset(expected_sop_classes), overruled)
     looked: list[_Looked] = []
     for one in _mapped(look, ordered, workers):
         looked.append(one)
         if progress is not None:
             progress(len(looked), len(ordered))
-    looked = _without_duplicates(ordered, looked)
+    looked = _without_duplicates(ordered, looked, overruled)
     passed = [
         {**row, "pixel_sha256": one.pixel_sha256, **{f"f_{name}": value for name, value in one.features.items()}}
         for row, one in zip(ordered, looked, strict=True)
@@ -137,7 +141,9 @@ def _table(passed: list[dict[str, Any]], rows: Sequence[Mapping[str, Any]]) -> p
     return pa.table(columns)
 
 
-def _without_duplicates(rows: Sequence[Mapping[str, Any]], looked: list[_Looked]) -> list[_Looked]:
+def _without_duplicates(
+    rows: Sequence[Mapping[str, Any]], looked: list[_Looked], overruled: Mapping[str, Collection[str]]
+) -> list[_Looked]:
     """Refuse what is there twice. An instance refused for itself keeps its reason, and still casts doubt on others."""
     same: defaultdict[str, list[int]] = defaultdict(list)
     for i, one in enumerate(looked):
@@ -148,6 +154,8 @@ def _without_duplicates(rows: Sequence[Mapping[str, Any]], looked: list[_Looked]
         fine = [i for i in group if looked[i].reason is None]  # in the order of sop_uid
         for i in fine if across else fine[1:]:
             reason = Reason.DUPLICATE_PIXELS_ACROSS_PATIENTS if across else Reason.DUPLICATE_PIXELS
+            if reason in overruled.get(str(rows[i]["sop_uid"]), ()):
+                continue
             detail = (
                 f"the same pixels stand in {len(group)} instances of {'several patients' if across else 'one patient'}"
             )
@@ -155,12 +163,29 @@ def _without_duplicates(rows: Sequence[Mapping[str, Any]], looked: list[_Looked]
     return looked
 
 
-def _look(archive: Path, modalities: frozenset[str], sop_classes: frozenset[str], row: Mapping[str, Any]) -> _Looked:
+@contextmanager
+def _unless(overruled: Collection[str]) -> Iterator[None]:
+    """A check whose refusal a person may have overruled."""
+    try:
+        yield
+    except DicomError as error:
+        if error.reason not in overruled:
+            raise
+
+
+def _look(
+    archive: Path,
+    modalities: frozenset[str],
+    sop_classes: frozenset[str],
+    released: Mapping[str, Collection[str]],
+    row: Mapping[str, Any],
+) -> _Looked:
     """Look at one file. Runs in a worker."""
-    data = _read(archive, row)
+    data, overruled = _read(archive, row), released.get(str(row["sop_uid"]), ())
     try:
         ds = pydicom.dcmread(io.BytesIO(data))
-        _check_declared(ds, modalities, sop_classes)
+        with _unless(overruled):
+            _check_declared(ds, modalities, sop_classes)
         array = pixels.decode(ds)
     except InvalidDicomError:
         return _Looked(reason=Reason.NOT_DICOM, detail="no DICOM preamble and meta header")
@@ -170,10 +195,13 @@ def _look(archive: Path, modalities: frozenset[str], sop_classes: frozenset[str]
         return _Looked(reason=Reason.TRUNCATED, detail=f"the data set cannot be read: {type(error).__name__}")
     digest = pixels.digest(array)
     try:
-        _check_geometry(ds, array)
-        _check_window(ds)
+        with _unless(overruled):
+            _check_geometry(ds, array)
+        with _unless(overruled):
+            _check_window(ds)
         features = pixels.features(array, str(ds.PhotometricInterpretation), int(ds.BitsStored))
-        _check_content(array, str(ds.PhotometricInterpretation))
+        with _unless(overruled):
+            _check_content(array, str(ds.PhotometricInterpretation))
     except DicomError as error:
         return _Looked(digest, None, Reason(error.reason), _detail(error))
     return _Looked(digest, features)

@@ -137,16 +137,20 @@ def quality(
     from radloop.stages.project import open_catalog
 
     rows = read_table(clean.file(TABLE))
-    passed, refused = checks.check(
-        rows,
-        home / "archive",
-        expected_modalities=modalities,
-        expected_sop_classes=sop_classes,
-        progress=progress,
-        workers=workers,
-    )
     revisions = {row["sop_uid"]: row["revision"] for row in rows}
+    released: dict[str, set[str]] = {}
     with open_catalog(home) as catalog:
+        for held in catalog.quarantined(state="released"):
+            released.setdefault(str(held.sop_uid), set()).add(str(held.reason))
+        passed, refused = checks.check(
+            rows,
+            home / "archive",
+            expected_modalities=modalities,
+            expected_sop_classes=sop_classes,
+            released=released,
+            progress=progress,
+            workers=workers,
+        )
         catalog.refuse(
             [
                 Refused(sop_uid=uid, revision=revisions[uid], reason=_reason(reason), detail=detail)
