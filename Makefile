@@ -18,7 +18,7 @@ help: ## list the targets
 
 .PHONY: run
 run: setup ## set up, then the whole loop on a simulated hospital (ARGS: options of `radloop demo`)
-	@$(BIN)/radloop demo $(ARGS)
+	@$(BIN)/radloop demo --yes $(ARGS)
 
 .PHONY: setup
 setup: ## make the environments that locks/ describes (PYTHON= names a Python 3.11)
@@ -34,7 +34,7 @@ torture: setup ## run the long tests too: kills at many seeded moments
 
 .PHONY: bench
 bench: setup ## measure what we promise about speed
-	@$(BIN)/python scripts/bench.py
+	@$(BIN)/python benchmarks/overhead.py
 
 .PHONY: lint
 lint: setup ## style, imports between the rooms, declared dependencies

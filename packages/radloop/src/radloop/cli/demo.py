@@ -6,10 +6,8 @@ import hashlib
 import itertools
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,10 +23,10 @@ from radloop.errors import EngineError, SettingsError
 
 if TYPE_CHECKING:
     from radloop.pipeline.run import RunResult
+    from radloop.testing.clinic import Clinic
 
 SENDERS = {"A": "AURORA_CR1", "B": "HELIX_DX2"}
 _READY_S = 60.0
-_BETWEEN_STUDIES_S = 0.02  # a busy hospital; as fast as it goes would measure this machine's two cores, not the models
 _FULL = """
 [evaluate]
 minimum_patients = 8
@@ -165,11 +163,12 @@ class Demo:
     def run(self, *, fresh: bool) -> dict[str, Any]:
         """Run what is left to run; the summary."""
         from radloop.stage.protocol import EXIT
+        from radloop.testing.clinic import mail_sink
 
         self._open(fresh)
         status = "succeeded"
         with ExitStack() as stack:
-            self.mail = stack.enter_context(mail_sink())
+            self.mail = stack.enter_context(mail_sink(lambda line: output.say(f"  {line}")))
             self._write_settings()
             if len(self.done) < len(self.steps):
                 self.listener = stack.enter_context(self._child("listen"))
@@ -369,9 +368,17 @@ tfdv = "{tfdv_python(self.folder)}"
         with open_catalog(self.folder) as catalog:
             return catalog.ledger.append("approval", digest, payload, actor="demo", key=f"approval:demo:{digest}")
 
+    def _clinic(self) -> Clinic:
+        """Both sites' good studies in turn."""
+        from radloop.testing.clinic import Clinic
+
+        files = [[(name, f"site-{site.lower()}") for name in self._site(site)["good"]] for site in SENDERS]
+        mixed = [one for pair in itertools.zip_longest(*files) for one in pair if one is not None]
+        return Clinic(f"http://127.0.0.1:{self.gateway}", [(self.folder / "hospital" / n, site) for n, site in mixed])
+
     def predict(self) -> None:
         """Every good study goes to the gateway as a router would send it: site A's and site B's in turn."""
-        with Clinic(self) as clinic, output.progress("predict") as progress:
+        with self._clinic() as clinic, output.progress("predict") as progress:
             clinic.ask_all(progress)
         output.say(f"  {clinic.answered} answers, {clinic.failed} failures")
 
@@ -388,7 +395,7 @@ tfdv = "{tfdv_python(self.folder)}"
 
     def release_under_traffic(self) -> None:
         """Release while the clinic goes on asking: the judge needs patients answered by both models."""
-        with Clinic(self) as clinic:
+        with self._clinic() as clinic:
             clinic.keep_asking()
             self.pipeline("release")
         output.say(f"  {clinic.answered} requests were answered meanwhile, {clinic.failed} failed")
@@ -420,95 +427,6 @@ tfdv = "{tfdv_python(self.folder)}"
             "mails": [m["subject"] for m in self.mail.messages],
             "report": str(report),
         }
-
-
-class Clinic:
-    """Asks the gateway about the hospital's studies, as a DICOM router beside the PACS would."""
-
-    def __init__(self, demo: Demo) -> None:
-        self.url = f"http://127.0.0.1:{demo.gateway}"
-        files = {site: [demo.folder / "hospital" / name for name in demo._site(site)["good"]] for site in SENDERS}
-        mixed = itertools.chain.from_iterable(itertools.zip_longest(files["A"], files["B"]))
-        self.studies = [(path, f"site-{'a' if path in set(files['A']) else 'b'}") for path in mixed if path is not None]
-        self.answered = self.failed = 0
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def __enter__(self) -> Clinic:
-        import httpx
-
-        self._client = httpx.Client(timeout=30.0)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-        self._client.close()
-
-    def ask(self, path: Path, site: str) -> None:
-        """One study."""
-        from radloop.errors import ServingError
-        from radloop.serving.client import predict_dicom
-
-        try:
-            predict_dicom(self.url, path.read_bytes(), site=site, client=self._client)
-            self.answered += 1
-        except ServingError:
-            self.failed += 1
-
-    def ask_all(self, progress: Callable[[int, int], None]) -> None:
-        """Every study once."""
-        for number, (path, site) in enumerate(self.studies, 1):
-            self.ask(path, site)
-            progress(number, len(self.studies))
-
-    def keep_asking(self) -> None:
-        """Every study again and again, in a thread, until the clinic closes."""
-
-        def ask() -> None:
-            for path, site in itertools.cycle(self.studies):
-                if self._stop.wait(_BETWEEN_STUDIES_S):
-                    return
-                self.ask(path, site)
-
-        self._thread = threading.Thread(target=ask, name="clinic", daemon=True)
-        self._thread.start()
-
-
-class Sink:
-    """Keeps the mails that a local SMTP server was given."""
-
-    def __init__(self) -> None:
-        self.messages: list[dict[str, str]] = []
-        self.port = 0
-
-    async def handle_DATA(self, server: Any, session: Any, envelope: Any) -> str:  # noqa: N802 - aiosmtpd's name
-        """Called by aiosmtpd for each mail."""
-        import email
-        import email.policy
-
-        mail = email.message_from_bytes(envelope.content, policy=email.policy.default)
-        self.messages.append({"subject": str(mail["Subject"]), "to": str(mail["To"])})
-        output.say(f"  mail to {mail['To']}: {mail['Subject']}")
-        return "250 OK"
-
-
-@contextmanager
-def mail_sink() -> Iterator[Sink]:
-    """A local SMTP server that shows what it is given."""
-    from aiosmtpd.controller import Controller
-
-    sink = Sink()
-    with socket.socket() as probe:  # aiosmtpd looks whether its port answers, so it cannot be 0
-        probe.bind(("127.0.0.1", 0))
-        sink.port = probe.getsockname()[1]
-    controller = Controller(sink, hostname="127.0.0.1", port=sink.port)
-    controller.start()
-    try:
-        yield sink
-    finally:
-        controller.stop()
 
 
 def tfdv_python(project: Path) -> Path:
