@@ -69,6 +69,8 @@ def ingest(
     known = {uid for uid, *_ in rows}
     values = {uid: list(value) for uid, value in resolved.values.items() if uid in known}
     contradicting = [uid for uid in resolved.contradicting if uid in known]
+    if contradicting:
+        log(f"{len(contradicting)} images have labels that contradict each other and stay without one")
     labels.write_json(
         "labels.json",
         {
