@@ -24,7 +24,6 @@ import msgspec
 # A hospital's machine tells nobody what it runs; a dead server fails in seconds, not in five minutes.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 
 with warnings.catch_warnings():
     # MLflow 3.17 warns about type hints of its own when it is imported.
@@ -41,6 +40,8 @@ from mlflow.types import ColSpec, Schema
 from radloop.artifact import digest_of, file_digest
 from radloop.errors import EngineError
 from radloop.learning.package import Identity, Inputs, example_dicom
+
+logging.getLogger("mlflow").setLevel(logging.WARNING)  # creating a store is no news to who runs a loop
 
 KEY = "radloop.key"
 PACKAGE = "radloop.package_digest"
