@@ -153,6 +153,20 @@ def test_unknown_stage(ref: str) -> None:
         load(ref)
 
 
+def test_upto_keeps_what_a_stage_needs_and_no_more() -> None:
+    """`radloop stage preprocess` must not wait for TFDV, and must not run on what is not there."""
+    pipeline = loop.prepare(Settings())
+    assert [node.name for node in pipeline.upto("preprocess").nodes] == [
+        "ingest",
+        "deidentify",
+        "quality",
+        "preprocess",
+    ]
+    assert pipeline.upto("publish") == pipeline
+    with pytest.raises(DefinitionError, match="has no stage 'nothing'"):
+        pipeline.upto("nothing")
+
+
 def test_secret_parameters_are_listed() -> None:
     """An engine can only pass a secret by reference if the spec says which parameters are secrets."""
     node = loop.prepare(Settings()).node("deidentify")

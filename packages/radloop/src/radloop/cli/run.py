@@ -82,13 +82,30 @@ def decision(result: RunResult) -> dict[str, Any]:
     return told
 
 
-def run_one(project: Path, settings: Settings, name: str, watcher: Callable[[Event], None] | None = None) -> RunResult:
-    """Run one pipeline with bars on the terminal, its inputs taken from the latest runs before it."""
+def run_one(
+    project: Path,
+    settings: Settings,
+    name: str,
+    watcher: Callable[[Event], None] | None = None,
+    *,
+    upto: str | None = None,
+) -> RunResult:
+    """Run one pipeline with bars on the terminal, its inputs taken from the latest runs before it.
+
+    Args:
+        project: the project folder.
+        settings: its settings.
+        name: the pipeline.
+        watcher: receives every event too.
+        upto: only this stage and what it needs.
+    """
     from radloop.cli.stage import approvals
     from radloop.engines import local
     from radloop.loop import PIPELINES
 
     pipeline = PIPELINES[name](settings)
+    if upto is not None:
+        pipeline = pipeline.upto(upto)
     with bars(name, [node.name for node in pipeline.nodes]) as show:
 
         def emit(event: Event) -> None:

@@ -93,6 +93,18 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             f"pipeline {self.name} has no stage {name!r}", expected=", ".join(n.name for n in self.nodes), got=name
         )
 
+    def upto(self, name: str) -> Pipeline:
+        """One node and all that it needs, in the same order, as a pipeline of its own. Raises DefinitionError as `node`."""
+        wanted = {name}
+        for node in reversed(self.nodes):
+            if node.name in wanted:
+                wanted |= node.needs()
+        self.node(name)
+        if len(wanted) == len(self.nodes):
+            return self
+        nodes = tuple(node for node in self.nodes if node.name in wanted)
+        return msgspec.structs.replace(self, name=f"{self.name}.{name}", nodes=nodes)
+
     def to_json(self) -> bytes:
         """The bytes of `pipeline.json`, the same for equal pipelines."""
         encoded = msgspec.json.encode(self, order="deterministic")
