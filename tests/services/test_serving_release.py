@@ -137,6 +137,7 @@ class Load:
 
     def __init__(self, served: Served, clients: int = 4) -> None:
         self.answers: Counter[str] = Counter()
+        self._asked: list[tuple[float, str]] = []
         self.failures: list[str] = []
         self._served, self._stop = served, threading.Event()
         self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(clients)]
@@ -158,6 +159,7 @@ class Load:
         with httpx.Client(headers=headers, timeout=30) as session:
             turn = 0
             while not self._stop.is_set():
+                asked = time.monotonic()
                 try:
                     answer = session.post(f"{self._served.url}/v2/models/default/infer", content=data[turn % 10])
                 except httpx.HTTPError as error:
@@ -165,15 +167,21 @@ class Load:
                     continue
                 turn += 1
                 if answer.status_code == 200:
-                    self.answers[answer.json()["model_version"]] += 1
+                    version = answer.json()["model_version"]
+                    self._asked.append((asked, version))
+                    self.answers[version] += 1
                 else:
                     self.failures.append(f"{answer.status_code} {answer.text}")
 
     def more(self, n: int = 60) -> Counter[str]:
-        """Answers that arrive from now on, at least `n`."""
-        before, total = Counter(self.answers), sum(self.answers.values())
-        wait_until(lambda: sum(self.answers.values()) >= total + n, what=f"{n} more answers")
-        return self.answers - before
+        """Answers to at least `n` requests that begin from now on: one under way may still be answered as before."""
+        now = time.monotonic()
+
+        def since() -> list[str]:
+            return [version for asked, version in list(self._asked) if asked >= now]
+
+        wait_until(lambda: len(since()) >= n, what=f"{n} more answers")
+        return Counter(since())
 
 
 @pytest.mark.parametrize("strategy", ["none", "single", "smoke", "shadow", "canary"])
