@@ -74,6 +74,7 @@ wait_s = 60.0
 
 [release.judge]
 minimum_patients = 30
+latency_floor_ms = 250.0
 agreement = 0.5
 mean_absolute_difference = 0.4
 ks_distance = 0.7
