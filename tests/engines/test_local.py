@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from radloop.engines import local
 from radloop.errors import DefinitionError, RunLocked, SettingsError
 from radloop.pipeline import Builder, Pipeline
 from radloop.pipeline.run import RunResult
+from radloop.stage.protocol import Event
 from radloop.testing import suite_stages as s
 from radloop.testing.engine_suite import EngineSuite, small
 
@@ -30,7 +32,6 @@ class TestLocal(EngineSuite):
 def test_second_run_at_once_is_refused(tmp_path: Path) -> None:
     """Two runs of one pipeline would publish two dataset versions from half of the images each."""
     import sys
-    import time
 
     home = tmp_path / "home"
     script = (
@@ -80,6 +81,22 @@ def test_full_disk_leaves_nothing_half_written(small_disk: Path) -> None:
     again = local.run(small(), home=home)
     assert again.outputs == before.outputs
     assert all(result.cached for result in again.results.values())
+
+
+def test_interrupt_ends_stages_in_other_processes(tmp_path: Path) -> None:
+    """Ctrl-C while TFDV runs must give the terminal back at once, and leave no process behind."""
+    b = Builder("suite")
+    b.add(s.linger)
+    b.add(s.numbers)
+
+    def interrupt(event: Event) -> None:
+        if event.node == "numbers":
+            raise KeyboardInterrupt
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        local.run(b.build(), home=tmp_path, emit=interrupt)
+    assert time.monotonic() - began < 15
 
 
 def test_missing_environment_names_the_command(tmp_path: Path) -> None:

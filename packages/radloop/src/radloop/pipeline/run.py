@@ -128,11 +128,7 @@ class _Walk:
         self._bind(inputs)
         self._record("running", began)
         with (self.folder / "events.jsonl").open("ab", buffering=0) as self._events:
-            try:
-                self._walk()
-            except BaseException:
-                end_all()
-                raise
+            self._walk()
         status, message = self._outcome()
         return self._record(status, began, message)
 
@@ -156,21 +152,32 @@ class _Walk:
         pending = list(self.pipeline.nodes)
         running: dict[Future[Result], Node] = {}
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            while True:
-                ready = [n for n in pending if all(self._succeeded(need) for need in n.needs())]
-                for node in [n for n in ready if self.execute.external(n)]:
-                    pending.remove(node)
-                    running[pool.submit(self._node, node)] = node
-                here = next((n for n in ready if not self.execute.external(n)), None)
-                if here is not None:
-                    pending.remove(here)
-                    self.results[here.name] = self._node(here)
-                elif running:
-                    wait(running, return_when=FIRST_COMPLETED)
-                else:
-                    return
-                for future in [f for f in running if f.done()]:
-                    self.results[running.pop(future).name] = future.result()
+            try:
+                self._run_ready(pool, pending, running)
+            except BaseException:
+                # Before the pool waits for its threads; again and again, for one may be about to start its process.
+                while any(not (future.cancel() or future.done()) for future in running):
+                    end_all()
+                    wait(running, timeout=0.1)
+                raise
+
+    def _run_ready(self, pool: ThreadPoolExecutor, pending: list[Node], running: dict[Future[Result], Node]) -> None:
+        """Start what can run, one stage in this process at a time, until nothing is left that can."""
+        while True:
+            ready = [n for n in pending if all(self._succeeded(need) for need in n.needs())]
+            for node in [n for n in ready if self.execute.external(n)]:
+                pending.remove(node)
+                running[pool.submit(self._node, node)] = node
+            here = next((n for n in ready if not self.execute.external(n)), None)
+            if here is not None:
+                pending.remove(here)
+                self.results[here.name] = self._node(here)
+            elif running:
+                wait(running, return_when=FIRST_COMPLETED)
+            else:
+                return
+            for future in [f for f in running if f.done()]:
+                self.results[running.pop(future).name] = future.result()
 
     def _succeeded(self, name: str) -> bool:
         return name in self.results and self.results[name].status == "succeeded"

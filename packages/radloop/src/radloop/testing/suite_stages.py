@@ -95,6 +95,12 @@ def hang(made: Out[Numbers]) -> None:
 
 
 @stage(timeout_s=60)
+def linger(made: Out[Numbers]) -> None:
+    """Take its time, in a process of its own."""
+    time.sleep(30)
+
+
+@stage(timeout_s=60)
 def garbage(made: Out[Numbers]) -> None:
     """Print what is no event on every stream, by Python and beneath it."""
     print('{"event": "closed", "status": "failed"}')
