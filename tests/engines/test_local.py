@@ -14,7 +14,7 @@ from radloop.cli.stage import approvals
 from radloop.engines import local
 from radloop.errors import DefinitionError, RunLocked, SettingsError
 from radloop.pipeline import Builder, Pipeline
-from radloop.pipeline.run import RunResult
+from radloop.pipeline.records import RunResult
 from radloop.stage.protocol import Event
 from radloop.testing import suite_stages as s
 from radloop.testing.engine_suite import EngineSuite, small
@@ -35,8 +35,8 @@ def test_second_run_at_once_is_refused(tmp_path: Path) -> None:
 
     home = tmp_path / "home"
     script = (
-        "import sys, time; from pathlib import Path; from radloop.pipeline.run import _locked\n"
-        "with _locked(Path(sys.argv[1]), 'suite', 'first-run'):\n    print('held', flush=True); time.sleep(60)\n"
+        "import sys, time; from pathlib import Path; from radloop.stage.lock import hold\n"
+        "with hold(Path(sys.argv[1]), 'suite', 'first-run'):\n    print('held', flush=True); time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script, str(home)], stdout=subprocess.PIPE) as holder:
         try:
@@ -129,7 +129,7 @@ def test_code_is_part_of_the_key() -> None:
     """A mended `dicom/uids.py` must run deidentify again, or the old pseudonyms stay."""
     import grimp
 
-    from radloop.pipeline.keys import code_digest
+    from radloop.stage.keys import code_digest
 
     upstream = grimp.build_graph("radloop").find_upstream_modules("radloop.stages.prepare")
     assert {"radloop.dicom.uids", "radloop.imaging.transforms", "radloop.datasets.manifest"} <= upstream

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from radloop.engines import subprocess
-from radloop.pipeline.run import RunResult
+from radloop.pipeline.records import RunResult
 from radloop.testing.engine_suite import EngineSuite
 
 

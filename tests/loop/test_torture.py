@@ -12,12 +12,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from radloop.artifact import open_artifact
 from radloop.catalog.store import Catalog
 from radloop.cli.init import make_project
+from radloop.pipeline.records import read_run
 from radloop.testing.hospital import make_hospital
 
 SETTINGS = """
@@ -95,7 +95,7 @@ def finish(folder: Path) -> dict[str, Any]:
         assert run.returncode == 0, errors.decode()[-3000:]
     outputs: dict[str, str] = {}
     for record in sorted((folder / "runs").glob("*/run.json")):
-        outputs |= msgspec.json.decode(record.read_bytes())["outputs"]
+        outputs |= read_run(record).outputs
     with Catalog(f"sqlite:///{folder / 'catalog.db'}") as catalog:
         rows = catalog.ledger.rows()
         kinds = {kind: sum(row.kind == kind for row in rows) for kind in ("dataset", "training")}
@@ -113,8 +113,7 @@ def finish(folder: Path) -> dict[str, Any]:
 
 def approve(folder: Path) -> None:
     record = sorted((folder / "runs").glob("*/run.json"))[-1]
-    outputs = msgspec.json.decode(record.read_bytes())["outputs"]
-    digest = open_artifact(Path(outputs["evaluate.verdict"])).digest
+    digest = read_run(record).output("evaluate.verdict").digest
     with Catalog(f"sqlite:///{folder / 'catalog.db'}") as catalog:
         payload = {"role": "clinical", "why": "torture"}
         catalog.ledger.append("approval", digest, payload, actor="test", key=f"approval:{digest}")

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from radloop.artifact import Each, Kind, Output, Verdict, commit, digest_of, open_artifact
+from radloop.artifact import Kind, Output, Verdict, commit, digest_of, each, open_artifact
 from radloop.errors import ArtifactError
 
 
@@ -109,12 +109,12 @@ def test_unknown_verdict_is_refused(tmp_path: Path) -> None:
 
 def test_each_gives_its_items_in_order(tmp_path: Path) -> None:
     """Series collected in another order than listed would be joined to other labels."""
-    folder = tmp_path / "e"
-    for i in range(12):
-        commit(make(tmp_path / f"s{i}", {"x": b"%d" % i}), folder / f"{i:04d}", Thing, {})
-    Output[Each[Thing]](folder).write_json("items.json", [f"{i:04d}" for i in range(12)])
-    each = commit(folder, tmp_path / "E", Each, {})
-    assert [(item.path / "x").read_bytes() for item in each.items()] == [b"%d" % i for i in range(12)]
+    paths = [
+        commit(make(tmp_path / f"s{i}", {"x": b"%d" % i}), tmp_path / f"{i:04d}", Thing, {}).path for i in range(12)
+    ]
+    opened = each(paths, Thing)
+    assert [(item.path / "x").read_bytes() for item in opened.items()] == [b"%d" % i for i in range(12)]
+    assert opened.digest == each(paths).digest != each(paths[::-1]).digest
 
 
 def test_kill_while_committing_leaves_nothing_visible(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
@@ -47,7 +47,7 @@ K = TypeVar("K", bound=Kind)
 
 
 class Each(Kind, Generic[K]):
-    """What a mapped stage leaves: `items.json` and one artifact of kind K per item, in sub-directories."""
+    """What the runs of a mapped stage leave: one artifact of kind K for each item, in the listed order."""
 
     name = "each"
 
@@ -71,8 +71,8 @@ class Description(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class Artifact(Generic[K]):
     """A committed artifact, opened for reading."""
 
-    def __init__(self, path: Path, description: Description) -> None:
-        self.path, self.description = path, description
+    def __init__(self, path: Path, description: Description, items: Sequence[Artifact[Kind]] = ()) -> None:
+        self.path, self.description, self._items = path, description, list(items)
 
     @property
     def digest(self) -> str:
@@ -99,9 +99,8 @@ class Artifact(Generic[K]):
         return msgspec.json.decode(self.file(name).read_bytes())
 
     def items(self) -> list[Artifact[Kind]]:
-        """The artifacts of an `Each`, in the order of its `items.json`."""
-        names = msgspec.json.decode(self.file("items.json").read_bytes(), type=list[str])
-        return [open_artifact(self.path / name) for name in names]
+        """The artifacts of an `Each`, in the order of the items they were made for."""
+        return list(self._items)
 
 
 class Output(Generic[K]):
@@ -227,6 +226,16 @@ def open_artifact(path: Path, kind: type[Kind] | None = None, *, verify: bool = 
     if verify:
         _verify(path, description)
     return Artifact(path, description)
+
+
+def each(paths: Iterable[Path], kind: type[Kind] | None = None) -> Artifact[Each[Kind]]:
+    """Open several artifacts as one `Each`; its digest is that of their digests, in order. Raises as `open_artifact`."""
+    items = [open_artifact(path, kind) for path in paths]
+    lines = {f"{index:06d}": item.digest for index, item in enumerate(items)}
+    described = Description(
+        kind=Each.name, schema_version=Each.schema_version, digest=digest_of(lines), counts={"items": len(items)}
+    )
+    return Artifact(Path(), described, items)
 
 
 def _verify(path: Path, description: Description) -> None:

@@ -22,7 +22,7 @@ from radloop.cli.common import Json, command
 from radloop.errors import EngineError, SettingsError
 
 if TYPE_CHECKING:
-    from radloop.pipeline.run import RunResult
+    from radloop.pipeline.records import RunResult
     from radloop.testing.clinic import Clinic
 
 SENDERS = {"A": "AURORA_CR1", "B": "HELIX_DX2"}

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 from pathlib import Path
 
 import msgspec
 
 from radloop.artifact import Verdict, open_artifact
 from radloop.errors import ArtifactError
+from radloop.pipeline.records import RunResult, read_run
+from radloop.stage.lock import holder
 from radloop.stage.protocol import Request, Result
 
 CLINICAL = "clinical"  # the role that a gate's "wait" asks for (radloop.stage.execute)
-
-
-class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """One run of a pipeline as its record tells. `status` may also be running, or interrupted: ended by no choice of its own."""
-
-    run_id: str
-    pipeline: str
-    status: str
-    results: dict[str, Result] = {}
-    outputs: dict[str, str] = {}
-    message: str = ""
-    seconds: float = 0.0
 
 
 class Waiting(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,26 +26,34 @@ class Waiting(msgspec.Struct, frozen=True, kw_only=True):
     message: str = ""
 
 
-def runs(project: Path, limit: int | None = None) -> list[Run]:
-    """The runs there were, latest first. A record that cannot be read (a kill, a full disk) is left out."""
-    found: list[Run] = []
+# Engines whose one process walks the whole run: without it, the run has ended.
+_WALKED = ("local", "subprocess", "kubernetes")
+
+
+def runs(project: Path, limit: int | None = None) -> list[RunResult]:
+    """The runs there were, latest first. A record that cannot be read (a kill, a full disk) is left out.
+
+    A status may also be running, or interrupted: ended by no choice of its own.
+    """
+    found: list[RunResult] = []
     folder = project / "runs"
     for path in sorted(folder.glob("[0-9]*/run.json"), reverse=True):
         if limit is not None and len(found) == limit:
             break
         try:
-            run = msgspec.json.decode(path.read_bytes(), type=Run)
+            run = read_run(path)
         except (OSError, msgspec.MsgspecError):
             continue
-        if run.status == "running" and not _is_held(folder / f".{run.pipeline}.lock", run.run_id):
+        walked = run.status == "running" and run.engine in _WALKED  # type: ignore[comparison-overlap]
+        if walked and f"run {run.run_id}," not in holder(project, run.pipeline):
             run = msgspec.structs.replace(run, status="interrupted")
         found.append(run)
     return found
 
 
-def last_runs(project: Path) -> list[Run]:
+def last_runs(project: Path) -> list[RunResult]:
     """The latest run of each pipeline, by the pipeline's name."""
-    latest: dict[str, Run] = {}
+    latest: dict[str, RunResult] = {}
     for run in runs(project):
         latest.setdefault(run.pipeline, run)
     return [latest[name] for name in sorted(latest)]
@@ -66,23 +63,23 @@ def waiting(project: Path) -> list[Waiting]:
     """What the latest runs wait for, without asking whether somebody has approved it meanwhile."""
     found = []
     for run in last_runs(project):
-        for name, result in run.results.items():
+        for result in run.results.values():
             if result.status == "waiting":
-                found += _subjects(project / "runs" / run.run_id / name, run, result)
+                found += _subjects(project, project / "runs" / run.run_id / result.node, run, result)
     return found
 
 
-def _subjects(record: Path, run: Run, result: Result) -> list[Waiting]:
+def _subjects(project: Path, record: Path, run: RunResult, result: Result) -> list[Waiting]:
     """A stage waits for its gates that say wait or, these approved, for the approval of one of its inputs."""
     try:
         paths = (
             [record / "request.json"] if (record / "request.json").exists() else sorted(record.glob("*/request.json"))
         )
         request = msgspec.json.decode(paths[-1].read_bytes(), type=Request)
-        subjects = [(path, CLINICAL) for path in request.gates if _says_wait(Path(path))]
+        subjects = [(project / path, CLINICAL) for path in request.gates if _says_wait(project / path)]
         if request.approval is not None:
-            subjects.append((request.inputs[request.approval.of] or "", request.approval.role))
-        opened = [(open_artifact(Path(path)).description, role) for path, role in subjects]
+            subjects.append((project / str(request.inputs[request.approval.of]), request.approval.role))
+        opened = [(open_artifact(path).description, role) for path, role in subjects]
     except (OSError, IndexError, KeyError, msgspec.MsgspecError, ArtifactError):
         return []  # removed since: the next run will say anew what it waits for
     message = result.message.splitlines()[0] if result.message else ""
@@ -95,16 +92,3 @@ def _subjects(record: Path, run: Run, result: Result) -> list[Waiting]:
 def _says_wait(path: Path) -> bool:
     content = open_artifact(path, Verdict).json("verdict.json")
     return isinstance(content, dict) and content.get("verdict") == "wait"
-
-
-def _is_held(lock: Path, run_id: str) -> bool:
-    """Whether a living process holds a pipeline's lock for this run."""
-    try:
-        with lock.open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return run_id in file.read()
-    except OSError:
-        return False
-    return False

@@ -16,7 +16,7 @@ from radloop.cli.common import HERE, Json, Project, command
 from radloop.errors import DataError, DefinitionError
 
 if TYPE_CHECKING:
-    from radloop.pipeline.run import RunResult
+    from radloop.pipeline.records import RunResult
     from radloop.settings import Settings
     from radloop.stage.protocol import Event
 
@@ -157,22 +157,20 @@ def latest(project: Path, pipeline: str, wanted: str) -> dict[str, str]:
     Raises:
         DataError: there is none, or the newest did not come so far: an older one would be stale.
     """
-    import msgspec
-
-    from radloop.pipeline.run import RunResult
+    from radloop.pipeline.records import read_run
 
     for record in sorted((project / "runs").glob("*/run.json"), reverse=True):
-        data = msgspec.json.decode(record.read_bytes(), type=dict[str, Any])
-        if data["pipeline"] != pipeline:
+        run = read_run(record)
+        if run.pipeline != pipeline:
             continue
-        if wanted not in data["outputs"]:
+        if wanted not in run.outputs:
             raise DataError(
                 f"the latest run of {pipeline} did not come so far",
                 expected=f"status succeeded, with {wanted}",
-                got=f"{data['status']}: {data['message']}",
+                got=f"{run.status}: {run.message}",
                 next_step=f"radloop run {pipeline}",
             )
-        return msgspec.convert({**data, "status": "succeeded"}, RunResult).outputs
+        return run.outputs
     raise DataError(f"{pipeline} has not run yet", next_step=f"radloop run {pipeline}")
 
 

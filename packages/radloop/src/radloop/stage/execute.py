@@ -1,9 +1,8 @@
-"""Run one stage from its request: the same code under every engine."""
+"""Run one stage from its request: the same code under every engine. What was made from the same before is not made again."""
 
 from __future__ import annotations
 
-import os
-import shutil
+import contextlib
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -13,9 +12,11 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from radloop.artifact import Artifact, Description, Each, Kind, Output, Verdict, commit, open_artifact
+from radloop.artifact import Artifact, Output, Verdict, commit, each, open_artifact
 from radloop.errors import DefinitionError, RadloopError
-from radloop.stage import Stage, load
+from radloop.stage import Port, Stage, load, store
+from radloop.stage.keys import key
+from radloop.stage.lock import hold
 from radloop.stage.protocol import SPEC_VERSION, Event, Request, Result
 
 T = TypeVar("T")
@@ -60,14 +61,16 @@ def track(items: Iterable[T], total: int | None = None, message: str = "") -> It
 def execute(request: Request, emit: Emit, approved: Approved = never_approved) -> Result:
     """Run the stage a request names, commit its outputs, and say how it ended. Never raises for a stage's failure.
 
-    A gate that says stop gives `stopped`; one that says wait, or a missing approval, gives `waiting`; an exception
-    gives `failed` with its message. `emit` receives `started`, progress and log lines, and always, last, `closed`.
+    What stands under the same key is taken instead (`cached`). A gate that says stop gives `stopped`; one that says wait,
+    or a missing approval, gives `waiting`; an exception gives `failed` with its message. `emit` receives `started`,
+    progress and log lines, and always, last, `closed`.
     """
     began = time.perf_counter()
     emit(Event(event="started", node=request.node, at=time.time()))
     token = _emit.set((request.node, emit))
     try:
-        result = _held(request, approved) or _run(load(request.stage), request)
+        with _lock(request):
+            result = _run(load(request.stage), request, approved)
     except RadloopError as error:
         result = Result(status="failed", node=request.node, message=str(error), error=type(error).__name__)
     except Exception as error:  # noqa: BLE001 - whatever a stage raises is its failure, with its own words
@@ -75,9 +78,16 @@ def execute(request: Request, emit: Emit, approved: Approved = never_approved) -
         result = Result(status="failed", node=request.node, message=message, error=type(error).__name__)
     finally:
         _emit.reset(token)
-    result = msgspec.structs.replace(result, seconds=round(time.perf_counter() - began, 6))
-    emit(Event(event="closed", node=request.node, at=time.time(), status=result.status, message=result.message))
+    result = msgspec.structs.replace(result, seconds=0.0 if result.cached else round(time.perf_counter() - began, 6))
+    said = "unchanged" if result.cached else result.message
+    emit(Event(event="closed", node=request.node, at=time.time(), status=result.status, message=said))
     return result
+
+
+def _lock(request: Request) -> contextlib.AbstractContextManager[None]:
+    if not (request.pipeline and request.run_id):
+        return contextlib.nullcontext()
+    return hold(Path(request.home), request.pipeline, request.run_id)
 
 
 def read_verdict(artifact: Artifact[Any]) -> tuple[str, str]:
@@ -87,14 +97,42 @@ def read_verdict(artifact: Artifact[Any]) -> tuple[str, str]:
     return str(content["verdict"]), str(content["message"])
 
 
-def _held(request: Request, approved: Approved) -> Result | None:
-    """The result of a stage that gates or a missing approval hold back; None when it may run."""
-    if request.spec_version > SPEC_VERSION:
+class _Opened:
+    """What a request is given, opened: inputs by name, gates in order."""
+
+    def __init__(self, stage: Stage, request: Request, home: Path) -> None:
+        if request.spec_version > SPEC_VERSION:
+            raise DefinitionError(
+                "the request is of a newer version", expected=f"at most {SPEC_VERSION}", got=request.spec_version
+            )
+        self.inputs = {name: _open(stage, port, request.inputs.get(name), home) for name, port in stage.inputs.items()}
+        self.gates = [open_artifact(home / path, Verdict) for path in request.gates]
+
+    def digests(self) -> dict[str, str | None]:
+        """Content digest of each input and gate. With the gates in a key, what ran once under them need not ask again."""
+        found = {name: given.digest if given else None for name, given in self.inputs.items()}
+        return found | {f"gate {number}": gate.digest for number, gate in enumerate(self.gates)}
+
+
+def _open(stage: Stage, port: Port, given: str | list[str] | None, home: Path) -> Artifact[Any] | None:
+    if given is None and not port.optional:
+        raise DefinitionError(f"stage {stage.name}: input {port.name!r} is missing", expected="an artifact directory")
+    if given is None:
+        return None
+    if isinstance(given, list) != port.each:
         raise DefinitionError(
-            "the request is of a newer version", expected=f"at most {SPEC_VERSION}", got=request.spec_version
+            f"stage {stage.name}: input {port.name!r} is of another number",
+            expected="a list of artifacts" if port.each else "one artifact",
+            got=given,
         )
-    for path in request.gates:
-        gate = open_artifact(Path(path), Verdict)
+    if isinstance(given, list):
+        return each([home / path for path in given], port.kind)
+    return open_artifact(home / given, port.kind)
+
+
+def _held(request: Request, opened: _Opened, approved: Approved) -> Result | None:
+    """The result of a stage that gates or a missing approval hold back; None when it may run."""
+    for gate in opened.gates:
         verdict, message = read_verdict(gate)
         if verdict == "stop":
             return Result(status="stopped", node=request.node, message=message)
@@ -105,7 +143,8 @@ def _held(request: Request, approved: Approved) -> Result | None:
                 message=f"{message}\n  next: radloop approve {gate.digest[:12]} --why ...",
             )
     if request.approval is not None:
-        subject = open_artifact(Path(request.inputs[request.approval.of] or "")).digest
+        given = opened.inputs[request.approval.of]
+        subject = given.digest if given else ""
         if not approved(subject, request.approval.role):
             return Result(
                 status="waiting",
@@ -116,41 +155,27 @@ def _held(request: Request, approved: Approved) -> Result | None:
     return None
 
 
-def _run(stage: Stage, request: Request) -> Result:
+def _run(stage: Stage, request: Request, approved: Approved) -> Result:
+    home = Path(request.home).resolve()
     arguments: dict[str, Any] = dict(stage.check_params(request.params))
     if stage.home is not None:
-        arguments[stage.home] = Path(request.home)
-    for name, port in stage.inputs.items():
-        path = request.inputs.get(name)
-        if path is None and not port.optional:
-            raise DefinitionError(f"stage {stage.name}: input {name!r} is missing", expected="an artifact directory")
-        arguments[name] = None if path is None else open_artifact(Path(path), Each if port.each else port.kind)
-    if set(request.outputs) != set(stage.outputs):
-        raise DefinitionError(
-            f"stage {stage.name}: outputs do not match", expected=sorted(stage.outputs), got=sorted(request.outputs)
-        )
-    outputs: dict[str, Output[Any]] = {name: Output(_scratch(Path(path))) for name, path in request.outputs.items()}
-    try:
-        stage.function(**arguments, **outputs)
-        written = {
-            name: _commit(out, Path(request.outputs[name]), stage.outputs[name].kind) for name, out in outputs.items()
-        }
-    finally:
+        arguments[stage.home] = home
+    opened = _Opened(stage, request, home)
+    made_of = key(request, opened.digests())
+    if stage.cache and (known := store.find(home, made_of)) is not None:
+        return msgspec.structs.replace(known, node=request.node, cached=True)
+    if (held := _held(request, opened, approved)) is not None:
+        return held
+    with store.writing(home, made_of) as folder:
+        outputs: dict[str, Output[Any]] = {name: Output(folder / f".{name}") for name in stage.outputs}
         for out in outputs.values():
-            shutil.rmtree(out.path, ignore_errors=True)
-    message = ""
-    for name, port in stage.outputs.items():
-        if issubclass(port.kind, Verdict):
-            message = read_verdict(open_artifact(Path(request.outputs[name])))[1]
-    return Result(status="succeeded", node=request.node, outputs=written, message=message)
-
-
-def _scratch(final: Path) -> Path:
-    folder = final.with_name(f".{final.name}.{os.getpid()}")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
-
-
-def _commit(out: Output[Any], final: Path, kind: type[Kind]) -> Description:
-    return commit(out.path, final, kind, out.counts).description
+            out.path.mkdir()
+        stage.function(**arguments, **opened.inputs, **outputs)
+        result = Result(status="succeeded", node=request.node)
+        for name, out in outputs.items():
+            made = commit(out.path, folder / name, stage.outputs[name].kind, out.counts)
+            result.outputs[name] = made.description
+            if issubclass(stage.outputs[name].kind, Verdict):
+                result = msgspec.structs.replace(result, message=read_verdict(made)[1])
+        place = made_of if stage.cache else store.key_of_made(request.stage, result)
+        return store.publish(home, folder, place, result)

@@ -18,6 +18,7 @@ import msgspec
 from radloop.errors import DefinitionError
 from radloop.stage.execute import Approved, Emit, execute
 from radloop.stage.protocol import EXIT, SPEC_VERSION, STATUS, Event, Request, Result, encode
+from radloop.stage.store import sweep
 
 _TAIL_LINES = 30
 _live: set[subprocess.Popen[bytes]] = set()
@@ -38,6 +39,7 @@ def serve_request(request_file: Path, result_file: Path, approved: Approved) -> 
 
     result = execute(read_request(request_file), emit, approved)
     sys.stdout.flush()
+    result_file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(result_file, encode(result))
     return EXIT[result.status]
 
@@ -85,8 +87,30 @@ def launch(
         timeout_s: seconds after which the process group is ended.
         env: variables added to this process's environment; the way secrets travel.
 
-    A process that ends without its closing event, or whose result cannot be read, has failed, even on exit 0.
+    A process that ends without its closing event, or whose result cannot be read, has failed, even on exit 0; then
+    result.json says so.
     """
+    began = time.perf_counter()
+    try:
+        result = _launch(request, folder, emit, python=python, timeout_s=timeout_s, env=env)
+    except OSError as error:  # a full disk, most often
+        result = _failed(request, f"the stage's record cannot be written: {error}", began)
+    if result.status == "failed":
+        sweep(Path(request.home))
+        with contextlib.suppress(OSError):
+            write_whole(folder / "result.json", encode(result))
+    return result
+
+
+def _launch(
+    request: Request,
+    folder: Path,
+    emit: Emit,
+    *,
+    python: str,
+    timeout_s: float | None,
+    env: Mapping[str, str] | None,
+) -> Result:
     folder.mkdir(parents=True, exist_ok=True)
     request_file, result_file = folder / "request.json", folder / "result.json"
     write_whole(request_file, encode(request))

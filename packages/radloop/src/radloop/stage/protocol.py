@@ -34,24 +34,26 @@ class Approval(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One stage to run once.
 
+    Paths may be relative to `home`, so that a request means the same wherever the project is mounted.
+
     Attributes:
         stage: `module:function`.
         node: the stage's name in its pipeline.
+        pipeline, run_id: the run it belongs to; no other run of that pipeline may work at the same time. Empty: none.
         params: JSON values; secrets are references (`env:NAME`, `file:PATH`).
-        inputs: artifact directory by input name; None where an optional input is absent.
-        outputs: the directory each output is committed to.
+        inputs: artifact directory by input name; a list of them for an `Each`, None where an optional input is absent.
         gates: verdict artifacts that must let this stage pass.
-        home: the project's home directory.
+        home: the project's home directory; the stage's outputs are committed to `artifacts/` in it.
         attempt: 1 for the first try.
     """
 
     stage: str
     node: str
     spec_version: int = SPEC_VERSION
+    pipeline: str = ""
     run_id: str = ""
     params: dict[str, Any] = {}
-    inputs: dict[str, str | None] = {}
-    outputs: dict[str, str] = {}
+    inputs: dict[str, str | list[str] | None] = {}
     gates: tuple[str, ...] = ()
     approval: Approval | None = None
     home: str = "."
@@ -59,12 +61,21 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a stage ended. `message` is for a person: the error's text, the verdict's, or what is waited for."""
+    """How a stage ended.
+
+    Attributes:
+        outputs: description of each committed output by name.
+        place: the directory that holds the outputs, one sub-directory each, relative to the project's home.
+        message: for a person: the error's text, the verdict's, or what is waited for.
+        error: the exception's class, where there was one.
+        cached: whether an earlier run's outputs were taken.
+    """
 
     status: Status
     node: str
     spec_version: int = SPEC_VERSION
     outputs: dict[str, Description] = {}
+    place: str = ""
     message: str = ""
     error: str = ""
     seconds: float = 0.0

@@ -13,6 +13,7 @@ from radloop import __version__
 from radloop.artifact import open_artifact
 from radloop.catalog.reason import Reason
 from radloop.errors import ArtifactError
+from radloop.pipeline.records import read_run
 from radloop.stages.project import open_catalog, settings_of
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def read_runs(home: Path) -> list[dict[str, Any]]:
     """Records of all runs, oldest first."""
     found = []
     for record in sorted((home / "runs").glob("*/run.json")):
-        found.append(msgspec.json.decode(record.read_bytes(), type=dict[str, Any]))
+        found.append(msgspec.to_builtins(read_run(record)))
     return found
 
 

@@ -21,7 +21,7 @@ from radloop.artifact import open_artifact
 from radloop.catalog.store import Catalog
 from radloop.engines import local
 from radloop.pipeline import Builder, Pipeline, read_pipeline
-from radloop.pipeline.run import RunResult
+from radloop.pipeline.records import RunResult
 from radloop.stage.protocol import Approval, Event
 from radloop.testing import suite_stages as s
 
