@@ -12,7 +12,6 @@ import pytest
 from radloop.cli import setup
 from radloop.cli.init import make_project
 from radloop.engines import local
-from radloop.errors import SettingsError
 from radloop.pipeline import Builder
 from radloop.settings import load
 from radloop.stages.project import open_catalog
@@ -182,9 +181,3 @@ def test_from_a_wheel_the_same_version_is_installed(tmp_path: Path) -> None:
     by_uv = setup.commands(tmp_path / "e", checkout, None, "/usr/bin/uv")
     assert "--require-hashes" in by_uv[1]
     assert by_uv[2][-1] == str(checkout / "packages/radloop-tfdv")
-
-
-def test_validation_without_the_environment_names_setup() -> None:
-    """The first run of a pip user ends here: it must say how it goes on."""
-    with pytest.raises(SettingsError, match="radloop setup"):
-        local.python_of("tfdv", {})

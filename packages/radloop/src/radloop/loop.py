@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from radloop.pipeline import Builder, Pipeline
+from radloop.pipeline import Builder, Handle, Pipeline
 from radloop.settings import Settings
 from radloop.stage.protocol import Approval
 from radloop.stages import develop as d
@@ -50,23 +50,59 @@ def prepare(settings: Settings) -> Pipeline:
 
 
 def develop(settings: Settings) -> Pipeline:
-    """From a dataset version to a registered challenger that passed its gates."""
+    """From a dataset version to a registered challenger that passed its gates: `train` and `evaluate` in one."""
     b = Builder("develop")
-    dataset, tensors = b.input("dataset", k.Dataset), b.input("tensors", k.Tensors)
-    validation = b.input("validation", k.Validation)
-    champion = b.input("champion", k.Package, optional=True)
-    champion_dataset = b.input("champion_dataset", k.Dataset, optional=True)
-    parts = b.add(d.split, dataset=dataset, champion_dataset=champion_dataset)
-    model = b.add(
-        d.train, dataset=dataset, tensors=tensors, split=parts.split, gates=[parts.verdict], config=settings.train
+    given = _given(b)
+    _evaluate(b, settings, given, _train(b, settings, given))
+    return b.build()
+
+
+def train(settings: Settings) -> Pipeline:
+    """The first half of `develop`: the leakage gate and the training."""
+    b = Builder("train")
+    _train(b, settings, _given(b))
+    return b.build()
+
+
+def evaluate(settings: Settings) -> Pipeline:
+    """The second half of `develop`: a trained model measured, held against the gates, packaged and registered."""
+    b = Builder("evaluate")
+    _evaluate(b, settings, _given(b), b.input("model", k.Model))
+    return b.build()
+
+
+def _given(b: Builder) -> dict[str, Handle]:
+    return {
+        "dataset": b.input("dataset", k.Dataset),
+        "tensors": b.input("tensors", k.Tensors),
+        "validation": b.input("validation", k.Validation),
+        "champion": b.input("champion", k.Package, optional=True),
+        "champion_dataset": b.input("champion_dataset", k.Dataset, optional=True),
+    }
+
+
+def _train(b: Builder, settings: Settings, given: dict[str, Handle]) -> Handle:
+    dataset = given["dataset"]
+    parts = b.add(d.split, dataset=dataset, champion_dataset=given["champion_dataset"])
+    return b.add(
+        d.train,
+        dataset=dataset,
+        tensors=given["tensors"],
+        split=parts.split,
+        gates=[parts.verdict],
+        config=settings.train,
     ).model
+
+
+def _evaluate(b: Builder, settings: Settings, given: dict[str, Handle], model: Handle) -> None:
+    dataset, tensors = given["dataset"], given["tensors"]
     measured = b.add(
         d.evaluate,
         dataset=dataset,
         tensors=tensors,
         model=model,
-        champion=champion,
-        champion_dataset=champion_dataset,
+        champion=given["champion"],
+        champion_dataset=given["champion_dataset"],
         task=settings.task.name,
         config=settings.evaluate,
         gates_config=settings.gates,
@@ -87,13 +123,12 @@ def develop(settings: Settings) -> Pipeline:
         d.register,
         dataset=dataset,
         tensors=tensors,
-        validation=validation,
+        validation=given["validation"],
         model=model,
         evaluation=measured.evaluation,
         package=package,
         config=settings.train,
     )
-    return b.build()
 
 
 def release(settings: Settings) -> Pipeline:
@@ -135,10 +170,7 @@ def watch(settings: Settings) -> Pipeline:
     b = Builder("watch")
     dataset, evaluation = b.input("dataset", k.Dataset), b.input("evaluation", k.Evaluation)
     package = b.input("package", k.Package)
-    window = b.add(w.collect, package=package, patients=settings.watch.window_patients).predictions
-    drift = b.add(
-        w.drift, predictions=window, dataset=dataset, evaluation=evaluation, thresholds=settings.watch.drift
-    ).drift
+    window, drift = _drift(b, settings, dataset, evaluation, package)
     performance = b.add(
         w.performance,
         predictions=window,
@@ -156,6 +188,30 @@ def watch(settings: Settings) -> Pipeline:
         smtp=msgspec.to_builtins(settings.alerts),
         label_request_size=settings.watch.label_request_size,
     )
+    _decide(b, settings, drift, dataset)
+    return b.build()
+
+
+def retrain(settings: Settings) -> Pipeline:
+    """The part of `watch` that new labels ask for: is it time to train again?"""
+    b = Builder("retrain")
+    dataset, evaluation = b.input("dataset", k.Dataset), b.input("evaluation", k.Evaluation)
+    _, drift = _drift(b, settings, dataset, evaluation, b.input("package", k.Package))
+    _decide(b, settings, drift, dataset)
+    return b.build()
+
+
+def _drift(
+    b: Builder, settings: Settings, dataset: Handle, evaluation: Handle, package: Handle
+) -> tuple[Handle, Handle]:
+    window = b.add(w.collect, package=package, patients=settings.watch.window_patients).predictions
+    found = b.add(
+        w.drift, predictions=window, dataset=dataset, evaluation=evaluation, thresholds=settings.watch.drift
+    ).drift
+    return window, found
+
+
+def _decide(b: Builder, settings: Settings, drift: Handle, dataset: Handle) -> None:
     b.add(
         w.decide,
         drift=drift,
@@ -164,7 +220,6 @@ def watch(settings: Settings) -> Pipeline:
         label_definition=settings.watch.label_definition,
         patients_per_class=settings.watch.retrain_patients_per_class,
     )
-    return b.build()
 
 
 PIPELINES: dict[str, Callable[[Settings], Pipeline]] = {
@@ -173,3 +228,7 @@ PIPELINES: dict[str, Callable[[Settings], Pipeline]] = {
     "release": release,
     "watch": watch,
 }
+"""The loop, in its order."""
+
+PARTS: dict[str, Callable[[Settings], Pipeline]] = {"train": train, "evaluate": evaluate, "retrain": retrain}
+"""Parts of them, for engines that start each by an event of its own."""

@@ -48,9 +48,10 @@ class Folder(_Section, frozen=True):
 
 
 class Ingest(_Section, frozen=True):
-    """What besides the listener brings images."""
+    """What besides the listener brings images; a study is complete when nothing of it has come for `quiet_s` seconds."""
 
     folders: tuple[Folder, ...] = ()
+    quiet_s: float = 60.0
 
 
 class Deidentify(_Section, frozen=True):

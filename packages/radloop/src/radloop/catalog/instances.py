@@ -168,6 +168,12 @@ class Instances(Database):
                 out.setdefault(site, {})[status] = number
         return out
 
+    def arrived(self) -> dict[str, str]:
+        """When the last instance came, by study, of all that await de-identification. Times as in `received_at`."""
+        query = select(_table.c.study_uid, func.max(_table.c.received_at)).where(_table.c.status == Status.RECEIVED)
+        with self._read() as connection:
+            return {row[0]: row[1] for row in connection.execute(query.group_by(_table.c.study_uid))}
+
     def seal_ingest(self, *, actor: str) -> dict[str, Any] | None:
         """Close the ingest batch: one ledger row for all that arrived since the last; its payload, or None.
 

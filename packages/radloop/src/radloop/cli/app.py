@@ -40,6 +40,7 @@ MODULES = (
     "serving",
     "trace",
     "export",
+    "engine",
 )
 """Modules of this package that register commands."""
 
@@ -49,7 +50,7 @@ SECTIONS = {
     "Run the loop": ("run", "stage", "status", "approve", "report"),
     "Serve": ("serve", "predict", "rollback"),
     "Look into it": ("dataset", "quarantine", "trace", "ledger"),
-    "Other engines": ("schema", "export"),
+    "Other engines": ("schema", "export", "engine"),
 }
 
 ABOUT = """MLOps for medical imaging: from a PACS to a watched model and back, gated and evidenced.

@@ -352,7 +352,7 @@ tfdv = "{tfdv_python(self.folder)}"
     def _waiting(self, result: RunResult) -> list[str]:
         """Digests of what the run waits for: a gate's verdict, or the package to be released."""
         from radloop.artifact import open_artifact
-        from radloop.cli.run import inputs_of
+        from radloop.begin import inputs_of
 
         found = [result.output(source).digest for source in result.outputs if source.endswith(".verdict")]
         if result.pipeline == "release":

@@ -11,7 +11,6 @@ import typer
 
 from radloop.cli import output
 from radloop.cli.common import HERE, Json, Project, command, group, settings_at
-from radloop.errors import DefinitionError
 
 
 class SchemaName(StrEnum):
@@ -63,11 +62,9 @@ def register(app: typer.Typer) -> None:
 
         Secrets stand in it as references, never as values.
         """
-        from radloop.loop import PIPELINES
+        from radloop.begin import pipeline_of
 
-        if pipeline not in PIPELINES:
-            raise DefinitionError(f"there is no pipeline {pipeline!r}", expected=", ".join(PIPELINES), got=pipeline)
-        sys.stdout.buffer.write(PIPELINES[pipeline](settings_at(project)).to_json())
+        sys.stdout.buffer.write(pipeline_of(pipeline, settings_at(project)).to_json())
         sys.stdout.flush()
 
     @command(

@@ -13,7 +13,6 @@ import typer
 
 from radloop.cli import output
 from radloop.cli.common import HERE, Json, Project, command
-from radloop.errors import DataError, DefinitionError
 
 if TYPE_CHECKING:
     from radloop.pipeline.records import RunResult
@@ -30,7 +29,10 @@ def register(app: typer.Typer) -> None:
     @command(app, "run", examples=EXAMPLES, after="radloop status, radloop report")
     def run(
         pipeline: Annotated[
-            str | None, typer.Argument(help=f"One of {', '.join(ORDER)}. All of them, if left out.")
+            str | None,
+            typer.Argument(
+                help="prepare, develop, release or watch; all of them, if left out. Or train, evaluate, retrain."
+            ),
         ] = None,
         project: Project = HERE,
         json: Json = False,
@@ -44,12 +46,8 @@ def register(app: typer.Typer) -> None:
         from radloop.cli.export import write_report
         from radloop.settings import load
         from radloop.stage.protocol import EXIT
-        from radloop.stages.project import check
 
-        if pipeline is not None and pipeline not in ORDER:
-            raise DefinitionError(f"there is no pipeline {pipeline!r}", expected=", ".join(ORDER), got=pipeline)
         settings = load(project)
-        check(settings)
         results = [run_one(project, settings, pipeline)] if pipeline else list(run_loop(project, settings))
         last, page = results[-1], write_report(project)
         if json:
@@ -99,11 +97,13 @@ def run_one(
         watcher: receives every event too.
         upto: only this stage and what it needs.
     """
+    from radloop.begin import inputs_of, pipeline_of
     from radloop.cli.stage import approvals
     from radloop.engines import local
-    from radloop.loop import PIPELINES
+    from radloop.stages.project import check
 
-    pipeline = PIPELINES[name](settings)
+    pipeline = pipeline_of(name, settings)
+    check(settings)
     if upto is not None:
         pipeline = pipeline.upto(upto)
     with bars(name, [node.name for node in pipeline.nodes]) as show:
@@ -121,71 +121,6 @@ def run_one(
             approved=approvals(project),
             emit=emit,
         )
-
-
-def inputs_of(project: Path, name: str) -> dict[str, Path | None]:
-    """The artifacts a pipeline starts from: outputs of the latest run before it, and what belongs to the champion.
-
-    Raises:
-        DataError: the pipeline before it has not succeeded yet.
-    """
-    champion = champion_places(project)
-    if name == "prepare":
-        return {"baseline": champion.get("validation")}
-    if name == "develop":
-        done = latest(project, "prepare", "publish.dataset")
-        return {
-            "dataset": Path(done["publish.dataset"]),
-            "tensors": Path(done["preprocess.tensors"]),
-            "validation": Path(done["validate.validation"]),
-            "champion": champion.get("package"),
-            "champion_dataset": champion.get("dataset"),
-        }
-    if name == "release":
-        done = latest(project, "develop", "register.registered")
-        return {"package": Path(done["package.package"]), "registered": Path(done["register.registered"])}
-    if not champion:
-        raise DataError(
-            "there is nothing to watch", expected="a champion in production", next_step="radloop run release"
-        )
-    return {part: champion[part] for part in ("dataset", "evaluation", "package")}
-
-
-def latest(project: Path, pipeline: str, wanted: str) -> dict[str, str]:
-    """Outputs of the newest run of a pipeline, if it made what is wanted.
-
-    Raises:
-        DataError: there is none, or the newest did not come so far: an older one would be stale.
-    """
-    from radloop.pipeline.records import read_run
-
-    for record in sorted((project / "runs").glob("*/run.json"), reverse=True):
-        run = read_run(record)
-        if run.pipeline != pipeline:
-            continue
-        if wanted not in run.outputs:
-            raise DataError(
-                f"the latest run of {pipeline} did not come so far",
-                expected=f"status succeeded, with {wanted}",
-                got=f"{run.status}: {run.message}",
-                next_step=f"radloop run {pipeline}",
-            )
-        return run.outputs
-    raise DataError(f"{pipeline} has not run yet", next_step=f"radloop run {pipeline}")
-
-
-def champion_places(project: Path) -> dict[str, Path]:
-    """Where the champion's dataset, tensors, validation, model, evaluation and package lie; empty without a champion."""
-    from radloop.serving.desired import desired
-    from radloop.stages.project import open_catalog
-
-    now = desired(project)
-    if now is None or now.models.champion is None:
-        return {}
-    with open_catalog(project) as catalog:
-        info = catalog.model(now.models.champion.model_digest).info
-    names = ("dataset", "tensors", "validation", "model", "evaluation", "package")
-    return {name: project / info[name] for name in names}
 
 
 @contextmanager

@@ -111,6 +111,12 @@ def performance_alert(found: Performance, *, project: str, model: str, next_comm
     return Alert("performance", f"[radloop] {project}: performance, verdict {found.verdict}", figures, next_command)
 
 
+def run_alert(pipeline: str, status: str, stage: str, why: str, *, project: str, run_id: str, engine: str) -> Alert:
+    """The alert of a run that did not succeed. `why` is a gate's own words or an error's class, never an error's text."""
+    figures = {"run": run_id, "engine": engine, "stage": stage, "why": why}
+    return Alert("run", f"[radloop] {project}: {pipeline} {status}", figures, "radloop status")
+
+
 def message(alert: Alert, mail: Mail) -> EmailMessage:
     """The e-mail as it is sent, plain text.
 
