@@ -36,6 +36,9 @@ class Executor(Protocol):
     def __call__(self, node: Node, request: Request, folder: Path, emit: Emit) -> Result:
         """Run it; `folder` is the stage's record."""
 
+    def end(self) -> None:
+        """End what runs now, for Ctrl-C; called again until all have ended."""
+
 
 class Launcher:
     """Runs each stage by `radloop stage` under the Python of its environment; approvals are read there."""
@@ -52,6 +55,10 @@ class Launcher:
     def __call__(self, node: Node, request: Request, folder: Path, emit: Emit) -> Result:
         """Run it. Raises SettingsError where its environment is not there."""
         return launch(request, folder, emit, python=self.python(node.environment), timeout_s=node.timeout_s)
+
+    def end(self) -> None:
+        """End the stages' processes."""
+        end_all()
 
     def python(self, environment: str) -> str:
         """The interpreter of a named environment. Raises SettingsError naming what sets it up."""
@@ -139,7 +146,7 @@ class _Walk:
             except BaseException:
                 # Before the pool waits for its threads; again and again, for one may be about to start its process.
                 while any(not (future.cancel() or future.done()) for future in running):
-                    end_all()
+                    self.execute.end()
                     wait(running, timeout=0.1)
                 raise
         return self.record.close()
