@@ -21,6 +21,8 @@ from radloop.testing.engine_suite import EngineSuite, small
 
 
 class TestLocal(EngineSuite):
+    name = "local"
+
     @pytest.fixture
     def engine(self) -> Callable[..., RunResult]:
         def run(pipeline: Pipeline, *, home: Path, **options: Any) -> RunResult:

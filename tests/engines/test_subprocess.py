@@ -12,6 +12,8 @@ from radloop.testing.engine_suite import EngineSuite
 
 
 class TestSubprocess(EngineSuite):
+    name = "subprocess"
+
     @pytest.fixture
     def engine(self) -> Callable[..., RunResult]:
         return subprocess.run

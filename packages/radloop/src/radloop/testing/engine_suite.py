@@ -1,6 +1,8 @@
 """The engine conformance suite. An engine's test file is one fixture:
 
     class TestMine(EngineSuite):
+        name = "mine"
+
         @pytest.fixture
         def engine(self):
             return my_engine.run
@@ -13,7 +15,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -52,7 +54,9 @@ def ran(home: Path, name: str) -> int:
 
 
 class EngineSuite:
-    """What every engine must do alike."""
+    """What every engine must do alike. `name`: the engine's, under which its results are kept (docs/engines.md)."""
+
+    name: ClassVar[str] = ""
 
     @pytest.fixture
     def engine(self) -> Callable[..., RunResult]:
