@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from radloop.cli.init import make_project
+from radloop.engines.kubernetes import Options
 from radloop.errors import SettingsError
 from radloop.imaging.transforms import Preprocessing
 from radloop.learning.evaluate import EvaluateConfig
@@ -31,6 +32,7 @@ ROOMS: dict[tuple[str, ...], type[msgspec.Struct]] = {
     ("gates",): GateConfig,
     ("watch", "drift"): Thresholds,
     ("release", "judge"): Margins,
+    ("kubernetes",): Options,
 }
 """Sections that a room reads, and what it understands."""
 

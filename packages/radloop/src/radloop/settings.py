@@ -150,6 +150,7 @@ class Settings(_Section, frozen=True):
     mlflow: Mlflow = Mlflow()
     catalog: str = ""
     environments: dict[str, str] = {}
+    kubernetes: dict[str, Any] = {}
 
 
 def load(project: Path) -> Settings:

@@ -1,4 +1,4 @@
-"""`radloop run`: the loop, or one of its pipelines, on this machine by the `local` engine."""
+"""`radloop run`: the loop, or one of its pipelines, on this machine or as Jobs on a Kubernetes cluster."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +22,20 @@ if TYPE_CHECKING:
     from radloop.stage.protocol import Event
 
 ORDER = ("prepare", "develop", "release", "watch")
-EXAMPLES = ("radloop run", "radloop run prepare", "radloop run develop --json")
+EXAMPLES = (
+    "radloop run",
+    "radloop run prepare",
+    "radloop run develop --json",
+    "radloop run develop --engine kubernetes",
+)
+
+
+class Engine(StrEnum):
+    """The engines that this command drives by itself; the others are exported to, or import."""
+
+    LOCAL = "local"
+    SUBPROCESS = "subprocess"
+    KUBERNETES = "kubernetes"
 
 
 def register(app: typer.Typer) -> None:
@@ -34,6 +49,9 @@ def register(app: typer.Typer) -> None:
                 help="prepare, develop, release or watch; all of them, if left out. Or train, evaluate, retrain."
             ),
         ] = None,
+        engine: Annotated[
+            Engine, typer.Option("--engine", help="What runs the stages: [kubernetes] in radloop.toml says where.")
+        ] = Engine.LOCAL,
         project: Project = HERE,
         json: Json = False,
     ) -> None:
@@ -48,7 +66,11 @@ def register(app: typer.Typer) -> None:
         from radloop.stage.protocol import EXIT
 
         settings = load(project)
-        results = [run_one(project, settings, pipeline)] if pipeline else list(run_loop(project, settings))
+        results = (
+            [run_one(project, settings, pipeline, engine=engine)]
+            if pipeline
+            else list(run_loop(project, settings, engine))
+        )
         last, page = results[-1], write_report(project)
         if json:
             import msgspec
@@ -61,11 +83,11 @@ def register(app: typer.Typer) -> None:
         raise typer.Exit(EXIT[last.status])
 
 
-def run_loop(project: Path, settings: Settings) -> Iterator[RunResult]:
+def run_loop(project: Path, settings: Settings, engine: Engine = Engine.LOCAL) -> Iterator[RunResult]:
     """All pipelines in order, once, and once more when `watch` asks for it; ends where one does not succeed."""
     for again in (False, True):
         for name in ORDER:
-            result = run_one(project, settings, name)
+            result = run_one(project, settings, name, engine=engine)
             yield result
             if result.status != "succeeded":
                 return
@@ -87,6 +109,7 @@ def run_one(
     watcher: Callable[[Event], None] | None = None,
     *,
     upto: str | None = None,
+    engine: Engine = Engine.LOCAL,
 ) -> RunResult:
     """Run one pipeline with bars on the terminal, its inputs taken from the latest runs before it.
 
@@ -96,10 +119,9 @@ def run_one(
         name: the pipeline.
         watcher: receives every event too.
         upto: only this stage and what it needs.
+        engine: what runs its stages.
     """
     from radloop.begin import inputs_of, pipeline_of
-    from radloop.cli.stage import approvals
-    from radloop.engines import local
     from radloop.stages.project import check
 
     pipeline = pipeline_of(name, settings)
@@ -113,14 +135,21 @@ def run_one(
             if watcher is not None:
                 watcher(event)
 
-        return local.run(
-            pipeline,
-            home=project,
-            inputs=inputs_of(project, name),
-            environments=settings.environments,
-            approved=approvals(project),
-            emit=emit,
-        )
+        start = _starter(engine, project, settings)
+        return start(pipeline, home=project, inputs=inputs_of(project, name), emit=emit)
+
+
+def _starter(engine: Engine, project: Path, settings: Settings) -> Callable[..., RunResult]:
+    """An engine's `run`, with what the settings say of it."""
+    from radloop.cli.stage import approvals
+    from radloop.engines import kubernetes, local, subprocess
+    from radloop.stages.project import section
+
+    if engine is Engine.KUBERNETES:
+        return partial(kubernetes.run, options=section("kubernetes", settings.kubernetes, kubernetes.Options))
+    if engine is Engine.SUBPROCESS:
+        return partial(subprocess.run, environments=settings.environments)
+    return partial(local.run, environments=settings.environments, approved=approvals(project))
 
 
 @contextmanager
