@@ -29,7 +29,7 @@ def serve_request(request_file: Path, result_file: Path, approved: Approved) -> 
 
     Whatever the stage or a native library prints goes to stderr, so that the event stream holds events only.
     """
-    _die_with_parent()
+    die_with_parent()
     stream = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
 
@@ -194,7 +194,7 @@ def end_all() -> None:
         end_group(process)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Ask Linux to end this process when the engine that started it is gone, however it went."""
     if sys.platform == "linux":
         import ctypes
