@@ -28,6 +28,11 @@ setup: ## make the environments that locks/ describes (PYTHON= names a Python 3.
 test: setup ## run the tests (ARGS: options of pytest)
 	@$(BIN)/python -m pytest $(ARGS)
 
+.PHONY: test-airflow
+test-airflow: setup ## run the tests of the Airflow engine, in the Airflow environment
+	@PYTHON="$(PYTHON)" scripts/setup airflow
+	@.venvs/airflow/bin/python -m pytest tests/airflow $(ARGS)
+
 .PHONY: torture
 torture: setup ## run the long tests too: kills at many seeded moments
 	@RADLOOP_TORTURE=1 $(BIN)/python -m pytest -m torture --timeout 3600 $(ARGS)
@@ -52,6 +57,8 @@ format: setup ## let ruff mend what it can
 .PHONY: types
 types: setup ## mypy --strict
 	@$(BIN)/mypy
+	@PYTHON="$(PYTHON)" scripts/setup airflow
+	@$(BIN)/mypy --python-executable .venvs/airflow/bin/python packages/radloop-airflow/src
 
 .PHONY: docs
 docs: setup ## generate what docs/ takes from the code: JSON schemas and the command line's help
