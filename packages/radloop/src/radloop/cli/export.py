@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from enum import StrEnum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, cast
 
 import typer
@@ -66,6 +67,126 @@ def register(app: typer.Typer) -> None:
 
         sys.stdout.buffer.write(pipeline_of(pipeline, settings_at(project)).to_json())
         sys.stdout.flush()
+
+    @command(
+        exports,
+        "mlflow-project",
+        examples=("radloop export mlflow-project project/", "mlflow run project/ -e prepare --env-manager local"),
+        after="mlflow run DIR -e STAGE -P NAME=VALUE ... --env-manager local (this Python) or uv (one of its own).",
+    )
+    def mlflow_project(
+        folder: Annotated[
+            Path, typer.Argument(metavar="DIR", help="Where to; what an earlier export left is replaced.")
+        ],
+        extras: Annotated[
+            str, typer.Option("--extras", metavar="NAMES", help="Extras of radloop that `--env-manager uv` installs.")
+        ] = "pixels,train",
+        project: Project = HERE,
+        json: Json = False,
+    ) -> None:
+        """Write an MLflow project: an entry point for each stage, and one for each pipeline that runs its stages in order.
+
+        A stage's artifacts are paths, its parameters have the values of this project's radloop.toml; lists, mappings and
+        truth values are JSON. Secret references stay in the specs. The folder carries radloop's wheel.
+        """
+        from radloop.begin import pipeline_of
+        from radloop.engines import mlflow_project as engine
+        from radloop.learning import wheel
+        from radloop.loop import PARTS, PIPELINES
+
+        settings = settings_at(project)
+        pipelines = [pipeline_of(name, settings) for name in {**PIPELINES, **PARTS}]
+        wanted = [name for name in extras.split(",") if name]
+        pins = wheel.requirements(wanted)
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder) as scratch:
+            built = wheel.build(Path(scratch))
+            built = built.replace(folder / built.name)
+        points = engine.export(
+            pipelines,
+            folder,
+            home=project,
+            environments=settings.environments,
+            requirements=[f"./{built.name}" + (f"[{','.join(wanted)}]" if wanted else ""), *pins],
+        )
+        for old in set(folder.glob("radloop-*.whl")) - {built}:
+            old.unlink()
+        if json:
+            output.print_json({"folder": str(folder), "entry_points": points})
+        else:
+            print(f"{folder}: {', '.join(points)}")
+
+    @command(
+        exports,
+        "kubeflow",
+        examples=("radloop export kubeflow kfp", "radloop export kubeflow kfp --image registry.example/radloop-core:1"),
+        after="upload DIR/*.yaml to Kubeflow Pipelines, or compose DIR/components/*.yaml; "
+        "`radloop run --engine kubeflow` runs the same here.",
+    )
+    def kubeflow(
+        directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the YAML files go.")],
+        image: Annotated[str, typer.Option(help="With radloop and kfp (EXTRAS of deploy/images/core: kubeflow).")] = "",
+        image_tfdv: Annotated[str, typer.Option(help="The same, with the environment tfdv.")] = "",
+        claim: Annotated[str, typer.Option(help="PersistentVolumeClaim that holds this project, ReadWriteMany.")] = "",
+        secret: Annotated[str, typer.Option(help="Secret that holds what stages read as env:NAME, by NAME.")] = "",
+        project: Project = HERE,
+        json: Json = False,
+    ) -> None:
+        """Write the loop as Kubeflow pipelines, and every stage as a reusable component.
+
+        Gates become conditions, an exit handler tells the recipients of [alerts], secrets stay references. What is left out
+        is taken from [kubernetes] in radloop.toml.
+        """
+        from radloop.engines import kubeflow as engine
+        from radloop.loop import PIPELINES
+
+        engine.check()
+        settings = settings_at(project)
+        known = {name: settings.kubernetes.get(name, "") for name in ("image", "claim", "secret")}
+        known["image_tfdv"] = settings.kubernetes.get("images", {}).get("tfdv", "")
+        asked = {"image": image, "image_tfdv": image_tfdv, "claim": claim, "secret": secret}
+        chosen = {name: asked[name] or known[name] for name in asked if asked[name] or known[name]}
+        written = engine.export((build(settings) for build in PIPELINES.values()), directory, engine.Cluster(**chosen))
+        if json:
+            output.print_json([str(path) for path in written])
+        else:
+            print("\n".join(map(str, written)))
+
+    @command(
+        exports,
+        "airflow",
+        examples=("radloop export airflow ~/airflow/dags", "make airflow PROJECT=my-project"),
+        after="Airflow reads the folder; its environment needs radloop-airflow, and no more of radloop than its base.",
+    )
+    def airflow(
+        folder: Annotated[Path, typer.Argument(metavar="DIR", help="Airflow's DAG folder, or one in it.")],
+        core: Annotated[
+            str, typer.Option(metavar="PYTHON", help="Core environment on the workers.", show_default="this Python")
+        ] = "",
+        project: Project = HERE,
+        json: Json = False,
+    ) -> None:
+        """Write the loop as Airflow DAGs: a spec and a DAG file of three lines each.
+
+        ingest-and-prepare waits for complete studies, release for MLflow's alias `challenger`; train, evaluate, watch and
+        retrain begin by what the others leave (assets), or by the clock. Approvals are asked in Airflow's required actions.
+        """
+        from radloop.begin import pipeline_of
+        from radloop.engines import airflow as engine
+
+        settings = settings_at(project)
+        mailed = settings.alerts.recipients if settings.alerts.smtp_host else ()
+        written = engine.export(
+            (pipeline_of(name, settings) for name in engine.LOOP),
+            folder,
+            project=project.resolve(),
+            core=core or sys.executable,
+            notify={"watch": mailed},
+        )
+        if json:
+            output.print_json({"files": [str(path) for path in written]})
+        else:
+            print("\n".join(map(str, written)))
 
     @command(
         app,

@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import threading
-from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 
-from radloop.engines.kubeflow.compiler import Cluster, nest, write, write_component
+from radloop.engines.kubeflow.compiler import Cluster, export, nest
 from radloop.errors import EngineError, RunLocked, SettingsError
 from radloop.pipeline import Pipeline
 from radloop.pipeline.records import Record, RunResult
@@ -32,10 +34,11 @@ from radloop.stage.lock import hold
 from radloop.stage.protocol import Event
 from radloop.stage.store import sweep
 
-__all__ = ["Cluster", "check", "run", "write", "write_component"]
+__all__ = ["Cluster", "check", "export", "run"]
 
 _LOOK_EVERY_S = 0.05
 _TAIL_LINES = 30
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def check() -> None:
@@ -85,7 +88,7 @@ def run(
     if ended.status == "failed" and (code or "never run" in ended.message):
         raise EngineError(
             f"Kubeflow Pipelines failed ({ended.message})",
-            got=_tail(record),
+            got=_why(record),
             next_step=f"see {record.folder / 'kfp.log'}",
         )
     return ended
@@ -134,6 +137,11 @@ def _followed(record: Record, emit: Emit) -> Iterator[None]:
         thread.join()
 
 
-def _tail(record: Record) -> str:
-    with (record.folder / "kfp.log").open(errors="replace") as f:
-        return "".join(deque(f, _TAIL_LINES)).strip()
+def _why(record: Record) -> str:
+    """What the last task that raised said, out of KFP's log; else the log's end."""
+    log = _COLOUR.sub("", (record.folder / "kfp.log").read_text(errors="replace"))
+    _, raised, block = log.rpartition("Traceback (most recent call last):\n")
+    if not raised:
+        return "\n".join(log.strip().splitlines()[-_TAIL_LINES:])
+    lines = textwrap.dedent(block.partition("\n\n")[0]).splitlines()
+    return "\n".join(itertools.dropwhile(lambda line: line.startswith(" "), lines)).strip()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from radloop.engines.kubeflow import components as c
 from radloop.engines.kubeflow.task import python_variable
 from radloop.errors import UnsupportedByEngine
 from radloop.pipeline import Node, Pipeline
-from radloop.stage import load
 
 _POD_GRACE_S = 600  # pulling the image and passing artifacts, on top of a stage's own limit
 _RESOURCES = ("cpu", "memory", "gpu")
@@ -52,14 +52,25 @@ def nest(pipeline: Pipeline) -> dict[str, tuple[str, ...]]:
         base = max(needed, key=len, default=())
         if any(base[: len(other)] != other for other in needed):
             raise UnsupportedByEngine("kubeflow", node.name, "gates that do not nest")
-        for gate in node.gates:
-            if pipeline.node(gate.split(".")[0]).map is not None:
-                raise UnsupportedByEngine("kubeflow", node.name, "gate over a mapped stage")
-        if unknown := sorted(set(node.resources) - set(_RESOURCES)):
-            raise UnsupportedByEngine("kubeflow", node.name, f"resource {unknown[0]!r}")
-        c.stage_source(node)
         found[node.name] = base + tuple(gate for gate in node.gates if gate not in base)
+        _check(pipeline, node, found)
     return found
+
+
+def _check(pipeline: Pipeline, node: Node, nested: Mapping[str, tuple[str, ...]]) -> None:
+    """Raises UnsupportedByEngine for what KFP cannot do for this node."""
+    c.stage_source(node)
+    if unknown := sorted(set(node.resources) - set(_RESOURCES)):
+        raise UnsupportedByEngine("kubeflow", node.name, f"resource {unknown[0]!r}")
+    if "{{$" in msgspec.json.encode(node.params).decode():
+        raise UnsupportedByEngine("kubeflow", node.name, "parameter with '{{$' in it, which KFP replaces")
+    mapped = {other.name for other in pipeline.nodes if other.map is not None}
+    if mapped & {gate.split(".")[0] for gate in node.gates}:
+        raise UnsupportedByEngine("kubeflow", node.name, "gate over a mapped stage")
+    # KFP's compiler breaks on Collected artifacts that enter a condition or a loop (kfp 2.17.3).
+    for producer in mapped & {source.split(".")[0] for source in node.inputs.values()}:
+        if node.map is not None or nested[node.name] != nested[producer]:
+            raise UnsupportedByEngine("kubeflow", node.name, "collection that is used behind a gate or in a loop")
 
 
 class Compiler:
@@ -135,13 +146,11 @@ class Compiler:
             return self._task(node, one.run, {node.map.param: one.item, "index": one.place})
 
     def _task(self, node: Node, run_id: Any, mapped: dict[str, Any]) -> Any:
-        stage = load(node.stage)
         given = {name: value for name, value in node.params.items() if value is not None}
         given |= {name: self._source(source) for name, source in node.inputs.items()}
         given |= dict(zip(c.gates_of(node), map(self._source, node.gates), strict=False))
         given |= {"project": self._project, "run_id": run_id, "node": node.name, **mapped}
         task = self._component(c.stage_source(node), node.environment)(**given)
-        assert set(node.inputs) <= set(stage.inputs)
         self._place(task, node, node.environment)
         return task
 
@@ -196,15 +205,32 @@ def _variables(node: Node) -> list[str]:
     return sorted({one.removeprefix("env:") for one in references if one.startswith("env:")})
 
 
-def write(pipeline: Pipeline, path: Path, cluster: Cluster) -> None:
-    """Write a pipeline as the YAML that KFP takes; `Compiler` says what it raises."""
+def export(pipelines: Iterable[Pipeline], folder: Path, cluster: Cluster) -> list[Path]:
+    """Write each pipeline as the YAML that KFP takes, and each of their stages as a component to be composed by hand.
+
+    Args:
+        pipelines: what to export.
+        folder: receives PIPELINE.yaml and components/STAGE.yaml; each file appears whole.
+        cluster: where they will run.
+
+    Raises:
+        UnsupportedByEngine: KFP cannot do what a pipeline asks; then nothing is written.
+    """
+    pipelines = list(pipelines)
+    for pipeline in pipelines:
+        nest(pipeline)
+    (folder / "components").mkdir(parents=True, exist_ok=True)
+    written = [_write(Compiler(one, cluster).graph(), folder / f"{one.name}.yaml") for one in pipelines]
+    for node in {node.name: node for one in pipelines for node in one.nodes}.values():
+        built = c.component(c.stage_source(node), cluster.image_of(node.environment))
+        written.append(_write(built, folder / "components" / f"{node.name}.yaml"))
+    return written
+
+
+def _write(compiled: Any, path: Path) -> Path:
     from kfp import compiler
 
-    compiler.Compiler().compile(Compiler(pipeline, cluster).graph(), str(path))
-
-
-def write_component(node: Node, path: Path, cluster: Cluster) -> None:
-    """Write a node's component as YAML, to be composed by hand (`kfp.components.load_component_from_file`)."""
-    from kfp import compiler
-
-    compiler.Compiler().compile(c.component(c.stage_source(node), cluster.image_of(node.environment)), str(path))
+    scratch = path.with_name(f".{os.getpid()}.{path.name}")
+    compiler.Compiler().compile(compiled, str(scratch))
+    os.replace(scratch, path)
+    return path

@@ -224,7 +224,8 @@ def _begin(spec: str, home: Path) -> str:
     with tempfile.TemporaryDirectory(prefix="radloop-") as scratch:
         file = Path(scratch, "pipeline.json")
         file.write_text(spec)
-        told = _radloop("engine", "open", name, "--spec", str(file), "--engine", "kubeflow", "--project", str(home))
+        options = ("--spec", str(file), "--engine", "kubeflow", "--project", str(home))
+        told = _radloop("engine", "open", name, *options)
     return str(told["run_id"])
 
 
@@ -235,7 +236,7 @@ def _runs(home: Path, job: str) -> Path:
 
 def _radloop(*arguments: str) -> dict[str, Any]:
     """Run a command of radloop that prints JSON. Exit codes other than 1 say how a run ended, not that the command failed."""
-    command = [sys.executable, "-m", "radloop.cli", *arguments]
+    command = [sys.executable, "-m", "radloop.cli", *arguments, "--json"]
     done = subprocess.run(
         command, stdout=subprocess.PIPE, text=True, check=False
     )  # what it says goes to the task's log
@@ -279,5 +280,5 @@ def close_run(project: str, job: str, state: str, alert: bool, report: Passed) -
         return
     told = _radloop("engine", "close", run_id, "--project", str(home), "--alert")
     sys.stdout.write(f"{told['pipeline']} {told['status']}: {told.get('message', '')}\n")
-    page = _radloop("report", "--project", str(home), "--json")["report"]
+    page = _radloop("report", "--project", str(home))["report"]
     shutil.copyfile(page, report.path)
