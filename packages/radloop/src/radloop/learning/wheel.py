@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 import zipfile
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
 import radloop
+from radloop.errors import DefinitionError
 
 _DATE = (1980, 1, 1, 0, 0, 0)
 
@@ -55,6 +58,31 @@ def build(out: Path) -> Path:
             entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
             archive.writestr(entry, data)
     return path
+
+
+def requirements(extras: Sequence[str] = ()) -> list[str]:
+    """What the wheel needs, with these extras, and MLflow's client: pinned to the versions installed here, where they are.
+
+    Raises:
+        DefinitionError: radloop has no such extra.
+    """
+    known = metadata.metadata("radloop").get_all("Provides-Extra") or []
+    if unknown := sorted(set(extras) - set(known)):
+        raise DefinitionError(f"radloop has no extra {unknown[0]!r}", expected=", ".join(known), got=unknown[0])
+    found = {"mlflow-skinny": "mlflow-skinny>=3.17"}
+    for line in metadata.requires("radloop") or []:
+        requirement, _, marker = (part.strip() for part in line.partition(";"))
+        extra = re.search(r"""extra\s*==\s*['"]([^'"]+)""", marker)
+        if extra is None or extra[1] in extras:
+            found[re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0]] = requirement
+    return [_pinned(name, found[name]) for name in sorted(found)]
+
+
+def _pinned(name: str, requirement: str) -> str:
+    try:
+        return f"{name}=={metadata.version(name)}"
+    except metadata.PackageNotFoundError:
+        return requirement
 
 
 def _record(members: dict[str, bytes], own: str) -> bytes:
