@@ -9,6 +9,9 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 BIN := .venvs/core/bin
 # `make run ARGS="--size small --fresh"`, `make test ARGS="tests/unit/dicom -x"`
 ARGS ?=
+# `make airflow`: the project's folder, and the port on which Airflow answers.
+PROJECT ?= .
+PORT ?= 8081
 # Debian packages that tests start; radloop itself needs none of them.
 TEST_PACKAGES := chromium dcmtk dicom3tools
 
@@ -27,6 +30,11 @@ setup: ## make the environments that locks/ describes (PYTHON= names a Python 3.
 .PHONY: test
 test: setup ## run the tests (ARGS: options of pytest)
 	@$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: airflow
+airflow: setup ## the loop of a project on Airflow, with its listener and predictors (PROJECT: its folder, PORT: Airflow's)
+	@PYTHON="$(PYTHON)" scripts/setup airflow
+	@.venvs/airflow/bin/python -m radloop_airflow.standalone --project "$(PROJECT)" --port $(PORT) --core "$(CURDIR)/$(BIN)/python"
 
 .PHONY: test-airflow
 test-airflow: setup ## run the tests of the Airflow engine, in the Airflow environment

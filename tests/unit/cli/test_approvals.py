@@ -12,6 +12,8 @@ import pytest
 from radloop.cli.stage import approvals
 from radloop.engines import local
 from radloop.pipeline import Builder
+from radloop.pipeline.records import Record
+from radloop.pipeline.run import Launcher, run_node
 from radloop.stage.protocol import Approval
 from radloop.stages.project import open_catalog
 from radloop.testing import suite_stages as s
@@ -58,6 +60,17 @@ def test_a_waiting_gate_is_approved_and_the_run_goes_on(inside: Run, project: Pa
     assert start(project, waits_for_a_gate()).status == "succeeded"
     rows = inside("ledger", "--kind", "approval", "--json").json
     assert [(r["subject"], r["actor"], r["payload"]["why"]) for r in rows] == [(digest, "A. Ito", "looked at 40 cases")]
+
+
+def test_what_waits_within_a_run_can_be_approved(inside: Run, project: Path) -> None:
+    """On an orchestrator a run that waits is still open: who approves it there must not be told that nothing waits."""
+    record = Record.open(waits_for_a_gate(), project, engine="airflow")
+    for node in record.pipeline.nodes:
+        run_node(record, node, None, Launcher({}), lambda event: None)
+    told = inside("status", "--json").json
+    assert [(w["pipeline"], w["stage"], w["kind"]) for w in told["waiting"]] == [("develop", "report", "verdict")]
+    assert inside("approve", told["waiting"][0]["digest"][:12], "--why", "looked").code == 0
+    assert run_node(record, record.pipeline.nodes[-1], None, Launcher({}), lambda event: None).status == "succeeded"
 
 
 def test_another_result_waits_anew(inside: Run, project: Path) -> None:

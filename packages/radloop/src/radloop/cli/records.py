@@ -7,8 +7,8 @@ from pathlib import Path
 import msgspec
 
 from radloop.artifact import Verdict, open_artifact
-from radloop.errors import ArtifactError
-from radloop.pipeline.records import RunResult, read_run
+from radloop.errors import ArtifactError, DefinitionError
+from radloop.pipeline.records import Record, RunResult, read_run
 from radloop.stage.lock import holder
 from radloop.stage.protocol import Request, Result
 
@@ -33,7 +33,8 @@ _WALKED = ("local", "subprocess", "kubernetes")
 def runs(project: Path, limit: int | None = None) -> list[RunResult]:
     """The runs there were, latest first. A record that cannot be read (a kill, a full disk) is left out.
 
-    A status may also be running, or interrupted: ended by no choice of its own.
+    A status may also be running, or interrupted: ended by no choice of its own. What the stages of such a run have left so
+    far is read from their own records, for run.json says it only when a run ends.
     """
     found: list[RunResult] = []
     folder = project / "runs"
@@ -42,7 +43,9 @@ def runs(project: Path, limit: int | None = None) -> list[RunResult]:
             break
         try:
             run = read_run(path)
-        except (OSError, msgspec.MsgspecError):
+            if run.status == "running":  # type: ignore[comparison-overlap]
+                run = msgspec.structs.replace(run, results=Record.load(project, run.run_id).results)
+        except (OSError, msgspec.MsgspecError, DefinitionError):
             continue
         walked = run.status == "running" and run.engine in _WALKED  # type: ignore[comparison-overlap]
         if walked and f"run {run.run_id}," not in holder(project, run.pipeline):
