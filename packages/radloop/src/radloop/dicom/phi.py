@@ -277,7 +277,7 @@ def _day_shift(original: Dataset, output: Dataset) -> timedelta | None:
             before, after = (_strings(ds, ds[keyword].tag)[0].replace(".", "") for ds in (original, output))
             first, second = (date(int(v[:4]), int(v[4:6]), int(v[6:8])) for v in (before, after))
             return second - first
-        except (KeyError, IndexError, ValueError):
+        except (KeyError, IndexError, ValueError, NotImplementedError):  # the last: a VR that DICOM does not know
             continue
     return None
 
