@@ -31,6 +31,10 @@ setup: ## make the environments that locks/ describes (PYTHON= names a Python 3.
 test: setup ## run the tests (ARGS: options of pytest)
 	@$(BIN)/python -m pytest $(ARGS)
 
+.PHONY: test-cluster
+test-cluster: setup ## run the Kubernetes engine's tests on a cluster of this machine (root; RADLOOP_TEST_CLUSTER names what makes one)
+	@scripts/test-cluster $(ARGS)
+
 .PHONY: airflow
 airflow: setup ## the loop of a project on Airflow, with its listener and predictors (PROJECT: its folder, PORT: Airflow's)
 	@PYTHON="$(PYTHON)" scripts/setup airflow

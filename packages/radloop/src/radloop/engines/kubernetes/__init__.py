@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 from radloop.engines.kubernetes.cluster import Cluster
@@ -48,9 +49,9 @@ def run(
     """
     home = home.resolve()
     _check(pipeline, home, inputs or {}, options)
-    cluster = Cluster(options)
-    cluster.check()
-    return walk(pipeline, Jobs(cluster, home, options), home=home, inputs=inputs, emit=emit)
+    with closing(Cluster(options)) as cluster:
+        cluster.check()
+        return walk(pipeline, Jobs(cluster, home, options), home=home, inputs=inputs, emit=emit)
 
 
 def _check(pipeline: Pipeline, home: Path, inputs: Mapping[str, Path | None], options: Options) -> None:

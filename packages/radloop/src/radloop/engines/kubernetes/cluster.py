@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -64,9 +64,10 @@ class _Status(msgspec.Struct, frozen=True, rename="camel"):
     container_statuses: list[_Container] = []
 
 
-class _Meta(msgspec.Struct, frozen=True):
+class _Meta(msgspec.Struct, frozen=True, rename="camel"):
     name: str = ""
     uid: str = ""
+    deletion_timestamp: str = ""
 
 
 class Object(msgspec.Struct, frozen=True):
@@ -106,6 +107,10 @@ class Cluster:
         self.options, self.namespace = options, options.namespace
         self._client = _connect(options.kubeconfig)
         self.address = str(self._client.configuration.host)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.rest_client.pool_manager.clear()
 
     def check(self) -> None:
         """Ask whether the cluster answers, and lets this user do what the engine does. Raises EngineError."""
@@ -167,10 +172,10 @@ class Cluster:
                 found = said[-1] if said else found
         return found
 
-    def log(self, pod: str) -> Iterator[bytes]:
+    def log(self, pod: str) -> Generator[bytes]:
         """The lines of a pod's log as they come, until it ends or the connection does."""
         path = f"/api/v1/namespaces/{self.namespace}/pods/{pod}/log"
-        with contextlib.suppress(Refused, _http_error()):
+        with contextlib.suppress(Refused, NoAnswer, _http_error()):
             answer = self._send("GET", path, query=[("follow", "true")], timeout=(5, 60))
             try:
                 rest = b""
@@ -190,11 +195,14 @@ class Cluster:
         try:
             return bytes(self._send(method, path, **options).data)
         except _http_error() as error:
-            raise NoAnswer(
-                f"the Kubernetes API at {self.address} does not answer",
-                got=str(error)[:300],
-                next_step="kubectl cluster-info; is [kubernetes] kubeconfig the right one?",
-            ) from None
+            raise self._silent(error) from None
+
+    def _silent(self, why: object) -> NoAnswer:
+        return NoAnswer(
+            f"the Kubernetes API at {self.address} does not answer",
+            got=str(why)[:300],
+            next_step="kubectl cluster-info; is [kubernetes] kubeconfig the right one?",
+        )
 
     def _send(
         self,
@@ -220,6 +228,8 @@ class Cluster:
                 _request_timeout=timeout,
             )
         except ApiException as error:
+            if not error.status:  # the client's word for a connection that TLS could not be made of
+                raise self._silent(error.reason) from None
             raise _refusal(error.status, error.body or error.reason, self.address) from None
 
 

@@ -142,7 +142,8 @@ class Jobs:
         if pod is None:
             return self._without_pod(node, name, output, seen=seen, waited=waited)
         if pod.container.running is not None or pod.over:
-            output.read(self.cluster.log(pod.metadata.name))
+            with contextlib.closing(self.cluster.log(pod.metadata.name)) as log:
+                output.read(log)
         if pod.over:
             return _ended(node, pod, output, image_of(node, self.options))
         if pod.container.running is None and pod.container.terminated is None:
@@ -203,6 +204,8 @@ def _ended(node: Node, pod: Object, output: _Output, image: str) -> _Ended:
         return _Ended(why=f"the stage was OOMKilled: it used more than {limit}; raise the stage's resources")
     if disrupted := pod.condition("DisruptionTarget"):
         return _Ended(why=f"the pod was ended by the cluster: {disrupted.reason}: {disrupted.message}")
+    if pod.metadata.deletion_timestamp and told.exit_code not in STATUS:
+        return _Ended(why=f"the pod was deleted from outside while the stage ran{output.tail()}")
     if pod.container.terminated is None:
         return _Ended(why="the pod was ended before its container started")
     if told.exit_code in STATUS:
