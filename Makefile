@@ -50,8 +50,9 @@ torture: setup ## run the long tests too: kills at many seeded moments
 	@RADLOOP_TORTURE=1 $(BIN)/python -m pytest -m torture --timeout 3600 $(ARGS)
 
 .PHONY: bench
-bench: setup ## measure what we promise about speed
-	@$(BIN)/python benchmarks/overhead.py
+bench: setup ## measure what we promise about speed, and our peers in the same run
+	@PYTHON="$(PYTHON)" scripts/setup airflow bench
+	@$(BIN)/python benchmarks/engines.py
 
 .PHONY: lint
 lint: setup ## style, imports between the rooms, declared dependencies
@@ -60,6 +61,7 @@ lint: setup ## style, imports between the rooms, declared dependencies
 	@$(BIN)/lint-imports --no-logo
 	@cd packages/radloop && ../../$(BIN)/deptry src
 	@cd packages/radloop-tfdv && ../../$(BIN)/deptry src
+	@cd packages/radloop-airflow && ../../$(BIN)/deptry src
 
 .PHONY: format
 format: setup ## let ruff mend what it can
