@@ -29,6 +29,7 @@ from radloop.pipeline import Builder, Node, Pipeline
 from radloop.pipeline.records import RunResult, read_run
 from radloop.settings import Deidentify, Settings
 from radloop.stage import In, Out, Secret, stage
+from radloop.stage.launch import read_request
 from radloop.stage.lock import hold
 from radloop.testing import suite_stages as s
 from radloop.testing.clinic import mail_sink
@@ -48,7 +49,7 @@ COMPOSED = """
 import sys, warnings
 warnings.simplefilter("ignore")
 from kfp import components, dsl, local
-folder, project, root = sys.argv[1:]
+folder, project, other, root = sys.argv[1:]
 numbers = components.load_component_from_file(f"{folder}/numbers.yaml")
 total = components.load_component_from_file(f"{folder}/total.yaml")
 limit = components.load_component_from_file(f"{folder}/limit.yaml")
@@ -56,7 +57,7 @@ limit = components.load_component_from_file(f"{folder}/limit.yaml")
 @dsl.pipeline
 def mine(project: str) -> str:
     made = numbers(count=5, unit="µm", weights=[0.5], project=project)
-    summed = total(given=made.outputs["made"], project=project)
+    summed = total(given=made.outputs["made"], project=other)  # which holds nothing: it reads what KFP passed
     return limit(given=summed.outputs["summed"], at_most=3.0, project=project).outputs["Output"]
 
 local.init(local.SubprocessRunner(use_venv=False), pipeline_root=root)
@@ -217,7 +218,7 @@ def test_text_arrives_as_it_was(tmp_path: Path) -> None:
 def test_components_are_composed_by_hand(tmp_path: Path) -> None:
     """A component that works in our own pipelines only is no component."""
     kubeflow.export([small()], tmp_path / "yaml", kubeflow.Cluster())
-    done = python(COMPOSED, tmp_path / "yaml" / "components", tmp_path / "home", tmp_path / "kfp")
+    done = python(COMPOSED, tmp_path / "yaml" / "components", tmp_path / "one", tmp_path / "other", tmp_path / "kfp")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "VERDICT stop" in done.stdout
     (summed,) = (tmp_path / "kfp").rglob("summed")
@@ -225,8 +226,15 @@ def test_components_are_composed_by_hand(tmp_path: Path) -> None:
     b.add(s.total, given=b.add(s.numbers, count=5, unit="µm", weights=[0.5]).made)
     same = local.run(b.build(), home=tmp_path / "local").output("total.summed")
     assert open_artifact(summed, s.Numbers, verify=True).digest == same.digest
-    assert f"'digest': '{same.digest}', 'kind': 'suite-numbers'" in done.stdout
+    assert f"'digest': '{same.digest}'" in done.stdout
     assert "'total': 15.0" in done.stdout  # the gate's figure among its metrics
+
+
+def test_stages_read_in_the_project(tmp_path: Path) -> None:
+    """A path of KFP's in the lineage points to nothing tomorrow: the next run would not find the champion's dataset."""
+    result = kubeflow.run(small(), home=tmp_path)
+    asked = read_request(tmp_path / "runs" / result.run_id / "total" / "request.json")
+    assert asked.inputs == {"given": str(Path(result.outputs["numbers.made"]).relative_to(tmp_path))}
 
 
 def test_exported_pipeline_opens_its_run_and_its_exit_handler_tells(tmp_path: Path) -> None:

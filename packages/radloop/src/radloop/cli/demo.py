@@ -23,6 +23,7 @@ from radloop.errors import EngineError, SettingsError
 
 if TYPE_CHECKING:
     from radloop.pipeline.records import RunResult
+    from radloop.settings import Settings
     from radloop.testing.clinic import Clinic
 
 SENDERS = {"A": "AURORA_CR1", "B": "HELIX_DX2"}
@@ -131,10 +132,19 @@ class Stopped(Exception):
 
 
 class Demo:
-    """One demo project: its steps, which of them are done, and how long they took."""
+    """One demo project: its steps, which of them are done, and how long they took.
 
-    def __init__(self, folder: Path, size: str, yes: bool) -> None:
-        self.folder, self.size, self.yes = folder.resolve(), size, yes
+    Args:
+        folder: the project.
+        size: full or small.
+        yes: give the approvals that a person would.
+        run: runs a pipeline of the project by its name, on whatever engine; the `local` one, if left out.
+    """
+
+    def __init__(
+        self, folder: Path, size: str, yes: bool, *, run: Callable[[Path, Settings, str], RunResult] | None = None
+    ) -> None:
+        self.folder, self.size, self.yes, self._run = folder.resolve(), size, yes, run
         self.steps: list[tuple[str, Callable[[], object]]] = [
             ("draw the hospital", self.draw),
             ("site A sends its studies", lambda: self.send("A")),
@@ -328,7 +338,7 @@ tfdv = "{tfdv_python(self.folder)}"
         from radloop.settings import load
 
         while True:
-            result = run_one(self.folder, load(self.folder), name)
+            result = (self._run or run_one)(self.folder, load(self.folder), name)
             if result.status == "succeeded":
                 return result
             if self.yes and result.pipeline == "prepare" and result.status == "stopped" and self._accept_schema(result):

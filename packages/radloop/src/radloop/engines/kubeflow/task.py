@@ -2,11 +2,13 @@
 
 A component's inputs and outputs are KFP artifacts whose path is a radloop artifact directory, passed by KFP (a link on one
 machine, a copy through its object store on a cluster). The run's record, the cache, the catalog and the locks are in the
-project folder, which every task sees.
+project folder, which every task sees; where that still holds what was passed, a stage reads it there, for lineage names places
+in the project.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -22,7 +24,7 @@ from typing import Any, Protocol
 import msgspec
 
 from radloop.artifact import Description, Verdict, open_artifact
-from radloop.errors import EngineError
+from radloop.errors import ArtifactError, EngineError
 from radloop.pipeline import Node
 from radloop.pipeline.records import Record
 from radloop.stage import Stage, load
@@ -72,9 +74,8 @@ def run_stage(ref: str, environment: str, timeout_s: float | None, given: Mappin
             emit(Event(event="log", node=request.node, at=time.time(), message=message))
         python = os.environ.get(python_variable(environment), sys.executable)
         result = launch(request, folder, emit, python=python, timeout_s=timeout_s)
-        if record and node:  # where the inputs lie in the project: what KFP passed is gone tomorrow
-            asked = msgspec.structs.replace(record.request(node, index), attempt=request.attempt)
-            record.keep(node, index, asked, result)
+        if record and node:
+            record.keep(node, index, request, result)
     if result.status != "succeeded":
         raise SystemExit(f"{result.node}: {result.status}\n{result.message}")
     return _hand_over(result, home, {name: given[name] for name in stage.outputs})
@@ -101,8 +102,8 @@ def _request(
         pipeline=record.pipeline.name if record else "",
         run_id=given["run_id"],
         params=_exact(params, record.request(node, index).params) if record and node else params,
-        inputs={name: _place(given[name]) for name in stage.inputs},
-        gates=tuple(str(_place(gate)) for gate in gates if gate is not None),
+        inputs={name: _places(given[name], home) for name in stage.inputs},
+        gates=tuple(str(_place(gate, home)) for gate in gates if gate is not None),
         approval=node.approval if node else None,
         home=str(home),
     )
@@ -113,14 +114,23 @@ def _exact(given: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
     return spec | {name: value for name, value in given.items() if name not in spec or value != spec[name]}
 
 
-def _place(passed: Passed | list[Passed] | None) -> str | list[str] | None:
-    """The directory of a passed artifact; a list of them for an `Each`; None where an optional one is absent."""
-    if passed is None:
-        return None
+def _places(passed: Passed | list[Passed] | None, home: Path) -> str | list[str] | None:
+    """Where a stage reads what was passed; a list for an `Each`; None where an optional artifact is absent."""
     if isinstance(passed, list):
-        return [str(Path(one.path).resolve()) for one in passed]
+        return [str(_place(one, home)) for one in passed]
+    return None if passed is None else _place(passed, home)
+
+
+def _place(passed: Passed, home: Path) -> str | None:
+    """The directory in the project if the same artifact is still there, else the one that KFP made."""
     path = Path(passed.path).resolve()
-    return None if (path / _ABSENT).exists() else str(path)
+    if (path / _ABSENT).exists():
+        return None
+    place = passed.metadata.get("place", "")
+    with contextlib.suppress(ArtifactError):
+        if place and open_artifact(home / place).digest == open_artifact(path).digest:
+            return str(place)
+    return str(path)
 
 
 def _attempt(folder: Path) -> int:
@@ -149,12 +159,17 @@ def _hand_over(result: Result, home: Path, outputs: Mapping[str, Passed]) -> str
         source = home / result.place / name
         _link(source, Path(passed.path))
         made = result.outputs[name]
-        passed.metadata.update({"digest": made.digest, "kind": made.kind, **made.counts})
+        _tell(passed, made, f"{result.place}/{name}")
         passed.metadata.update(_figures(source, made))
         if made.kind == Verdict.name:
             said, passed.metadata["message"] = read_verdict(open_artifact(source))
             passed.metadata["verdict"] = said
     return said
+
+
+def _tell(passed: Passed, made: Description, place: str) -> None:
+    """What KFP shows of an artifact, and hands to whoever reads it."""
+    passed.metadata.update({**made.counts, "digest": made.digest, "kind": made.kind, "place": place})
 
 
 def _link(source: Path, target: Path) -> None:
@@ -214,8 +229,7 @@ def open_run(spec: str, project: str, job: str, run_id: str, outputs: Mapping[st
             (Path(passed.path) / _ABSENT).touch()
             continue
         _link(home / place, Path(passed.path))
-        made = open_artifact(home / place).description
-        passed.metadata.update({"digest": made.digest, "kind": made.kind, **made.counts})
+        _tell(passed, open_artifact(home / place).description, place)
     return run_id
 
 
