@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,35 +54,6 @@ def test_second_run_at_once_is_refused(tmp_path: Path) -> None:
             break
         except RunLocked:
             time.sleep(0.1)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of half a megabyte."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", folder], check=False, capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("a small file system can only be mounted by root")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
-def test_full_disk_leaves_nothing_half_written(small_disk: Path) -> None:
-    """Half an artifact under its final name would be trained on tomorrow; what was whole before must stay."""
-    home = small_disk / "home"
-    before = local.run(small(), home=home)
-    b = Builder("suite")
-    b.add(s.numbers, count=200_000)
-    full = local.run(b.build(), home=home)
-    assert full.status == "failed"
-    assert "No space left on device" in full.message
-    assert not list((home / "artifacts").glob(".*"))
-    again = local.run(small(), home=home)
-    assert again.outputs == before.outputs
-    assert all(result.cached for result in again.results.values())
 
 
 def test_interrupt_ends_stages_in_other_processes(tmp_path: Path) -> None:

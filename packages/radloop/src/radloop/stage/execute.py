@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -74,14 +75,31 @@ def execute(request: Request, emit: Emit, approved: Approved = never_approved) -
     except RadloopError as error:
         result = Result(status="failed", node=request.node, message=str(error), error=type(error).__name__)
     except Exception as error:  # noqa: BLE001 - whatever a stage raises is its failure, with its own words
-        message = f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=-6)}"
-        result = Result(status="failed", node=request.node, message=message, error=type(error).__name__)
+        result = Result(status="failed", node=request.node, message=_words(error), error=type(error).__name__)
     finally:
         _emit.reset(token)
     result = msgspec.structs.replace(result, seconds=0.0 if result.cached else round(time.perf_counter() - began, 6))
     said = "unchanged" if result.cached else result.message
     emit(Event(event="closed", node=request.node, at=time.time(), status=result.status, message=said))
     return result
+
+
+def _words(error: Exception) -> str:
+    """What is told of an error that is not radloop's own: its class and where it was raised.
+
+    Its text may repeat a value out of someone's file, and a result travels: to an orchestrator's log, to MLflow, into a mail.
+    """
+    if isinstance(error, OSError):
+        text = error.strerror or "its text is left out"
+    elif (
+        isinstance(error, ImportError | NameError | AttributeError | MemoryError)
+        or os.environ.get("RADLOOP_DEBUG") == "1"
+    ):
+        text = str(error)
+    else:
+        text = "its text is left out, for it may hold PHI; RADLOOP_DEBUG=1 shows it"
+    frames = "".join(traceback.format_tb(error.__traceback__, limit=-6))
+    return f"{type(error).__name__}: {text}\n{frames}".rstrip()
 
 
 def _lock(request: Request) -> contextlib.AbstractContextManager[None]:

@@ -62,8 +62,11 @@ class _Results:
             found = self.found.get(engine, {})
             if set(found) != names:
                 continue
-            text = json.dumps(dict(sorted(found.items())), indent=1) + "\n"
             path = self.folder / f"{engine}.json"
+            kept = json.loads(path.read_text()) if path.exists() else {}
+            # What cannot be tried here (a small disk is mounted by root only) says nothing against what is kept.
+            found = {name: kept.get(name, told) if told == "skipped" else told for name, told in found.items()}
+            text = json.dumps(dict(sorted(found.items())), indent=1) + "\n"
             if self.write:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text)

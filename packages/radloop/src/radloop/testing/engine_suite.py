@@ -13,7 +13,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -66,6 +67,18 @@ class EngineSuite:
     def home(self, tmp_path: Path) -> Path:
         return tmp_path / "home"
 
+    @pytest.fixture
+    def small_disk(self, home: Path) -> Iterator[Path]:
+        """The home on a file system of 8 MB."""
+        home.mkdir(exist_ok=True)
+        owner = home.stat()
+        options = f"size=8m,mode=700,uid={owner.st_uid},gid={owner.st_gid}"
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", home]
+        if subprocess.run(command, check=False, capture_output=True).returncode:
+            pytest.skip("a small file system can only be mounted by root")
+        yield home
+        subprocess.run(["umount", "-l", home], check=True)
+
     def values(self, result: RunResult, source: str) -> Any:
         content = result.output(source).json("numbers.json")
         assert isinstance(content, dict)
@@ -101,6 +114,15 @@ class EngineSuite:
         assert result.status == "failed"
         assert "expected: one value a key" in result.message
         assert result.results["refuse"].error == "DataError"
+
+    def test_a_foreign_errors_text_stays_behind(self, engine: Any, home: Path) -> None:
+        """A library's error may repeat a patient's name, and a result travels into logs, MLflow and mails."""
+        result = engine(only(s.stumble), home=home)
+        assert result.status == "failed"
+        assert result.results["stumble"].error == "ValueError"
+        assert "suite_stages.py" in result.message
+        assert "it may hold PHI" in result.message
+        assert [p for p in home.rglob("*") if p.is_file() and b"DOE^JANE" in p.read_bytes()] == []
 
     def test_killed_stage_has_failed(self, engine: Any, home: Path) -> None:
         """A stage shot by the kernel's out-of-memory killer must not leave half an artifact behind as a whole one."""
@@ -190,6 +212,17 @@ class EngineSuite:
         assert (ran(home, "total"), ran(home, "report")) == (2, 1)
         assert not list((home / "artifacts").glob(".*"))
         assert open_artifact(Path(again.outputs["total.summed"]), verify=True)
+
+    def test_full_disk_leaves_nothing_half_written(self, small_disk: Path, engine: Any) -> None:
+        """Half an artifact under its final name would be trained on tomorrow; what was whole before must stay."""
+        before = engine(small(), home=small_disk)
+        full = engine(only(s.numbers, count=1_000_000), home=small_disk)
+        assert full.status == "failed"
+        assert "No space left on device" in full.message
+        assert not list((small_disk / "artifacts").glob(".*"))
+        again = engine(small(), home=small_disk)
+        assert again.outputs == before.outputs
+        assert all(result.cached for result in again.results.values())
 
     def test_retries_failed_tries(self, engine: Any, home: Path) -> None:
         """A share that goes away for a moment does not end a night's run."""

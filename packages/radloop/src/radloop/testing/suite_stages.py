@@ -75,6 +75,13 @@ def refuse(made: Out[Numbers]) -> None:
     raise DataError("the labels contradict themselves", expected="one value a key", got="2 values for 3 keys")
 
 
+@stage
+def stumble(made: Out[Numbers]) -> None:
+    """Fail with a foreign error that repeats a value out of someone's file."""
+    name = "^".join(["DOE", "JANE"])
+    raise ValueError(f"cannot read the date of {name}")
+
+
 @stage(timeout_s=60)
 def die(made: Out[Numbers]) -> None:
     """Be killed in the middle, with half an output written."""
