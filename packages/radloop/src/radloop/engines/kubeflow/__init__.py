@@ -8,10 +8,12 @@ __main__.py      the process that kfp.local runs in
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib.util
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -78,7 +80,7 @@ def run(
         with hold(record.home, pipeline.name, record.run_id):
             sweep(record.home)
             with _followed(record, emit):
-                code = _kfp(record, pythons)
+                code = _helper.run(record, pythons)
             sweep(record.home)
             shutil.rmtree(record.folder / "kfp", ignore_errors=True)  # links to what is in artifacts/
     except RunLocked:
@@ -94,18 +96,54 @@ def run(
     return ended
 
 
-def _kfp(record: Record, pythons: dict[str, str]) -> int:
-    """Run kfp.local in a process of its own, and of its own group, that ends with this one; its exit code."""
-    command = [sys.executable, "-m", "radloop.engines.kubeflow", str(record.home), record.run_id, json.dumps(pythons)]
-    with (record.folder / "kfp.log").open("wb") as log:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            return process.wait()
-        except BaseException:
-            end_group(process)
-            raise
+class _Helper:
+    """The process that kfp.local runs in, one run at a time; started for the first run, and there until this process ends."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def run(self, record: Record, pythons: Mapping[str, str]) -> int:
+        """Have a run's pipeline run by kfp.local; 0 unless kfp itself failed. Raises EngineError if the process was killed."""
+        with self._lock:
+            process = self._started()
+            assert process.stdin is not None
+            assert process.stdout is not None
+            # Secrets travel by this pipe, never by a file or an argument.
+            here = {"cwd": str(Path.cwd()), "env": dict(os.environ)}
+            asked = {"home": str(record.home), "run_id": record.run_id, "pythons": dict(pythons), **here}
+            try:
+                process.stdin.write(json.dumps(asked).encode() + b"\n")
+                process.stdin.flush()
+                answer = process.stdout.readline()
+            except BaseException:
+                self.end()
+                raise
+            if not answer:
+                self.end()
+                raise EngineError("the process that runs kfp was killed", next_step=f"see {record.folder / 'kfp.log'}")
+            return int(answer)
+
+    def end(self) -> None:
+        """End it, and what it runs."""
+        if self._process is not None:
+            end_group(self._process)
+            for stream in (self._process.stdin, self._process.stdout):
+                if stream is not None:
+                    with contextlib.suppress(OSError):
+                        stream.close()
+            self._process = None
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._process.poll() is not None:
+            command = [sys.executable, "-m", "radloop.engines.kubeflow"]
+            pipe = subprocess.PIPE
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
+            atexit.register(self.end)
+        return self._process
+
+
+_helper = _Helper()
 
 
 @contextlib.contextmanager

@@ -89,6 +89,7 @@ class Compiler:
         self.nest = nest(pipeline)
         self._tasks: dict[str, Any] = {}
         self._opened: Any = None
+        self._run_id: Any = None
 
     def graph(self) -> Any:
         """KFP's pipeline; its parameters are `project`, `run_id` (of a run that is open already) and `alert`."""
@@ -112,9 +113,13 @@ class Compiler:
         return c.component(source, self.cluster.image_of(environment) if self.cluster else "python:3.11")
 
     def _open(self, job: str, run_id: Any) -> None:
+        self._run_id = run_id
+        if self.cluster is None and not self.pipeline.inputs:
+            return  # on this machine the run is open already, and there is nothing to hand over
         spec = msgspec.json.encode(self.pipeline, order="deterministic").decode()
         start = self._component(c.open_source(self.pipeline), "core")
         self._opened = start(spec=spec, job=job, run_id=run_id, project=self._project)
+        self._run_id = self._opened.outputs["Output"]
         self._place(self._opened, None, "core")
 
     def _group(self, path: tuple[str, ...]) -> None:
@@ -123,7 +128,7 @@ class Compiler:
 
         for node in self.pipeline.nodes:
             if self.nest[node.name] == path:
-                self._tasks[node.name] = self._loop(node) if node.map else self._task(node, self._run_id(), {})
+                self._tasks[node.name] = self._loop(node) if node.map else self._task(node, self._run_id, {})
         depth = len(path)
         inner = dict.fromkeys(
             other[: depth + 1] for other in self.nest.values() if len(other) > depth and other[:depth] == path
@@ -133,14 +138,11 @@ class Compiler:
             with dsl.If(self._tasks[gate].outputs["Output"] != "stop", name=f"unless-{gate.replace('_', '-')}-stops"):
                 self._group(group)
 
-    def _run_id(self) -> Any:
-        return self._opened.outputs["Output"]
-
     def _loop(self, node: Node) -> Any:
         from kfp import dsl
 
         assert node.map is not None
-        listed = self._component(c.ITEMS, "core")(listing=self._source(node.map.over), run_id=self._run_id())
+        listed = self._component(c.ITEMS, "core")(listing=self._source(node.map.over), run_id=self._run_id)
         self._place(listed, None, "core")
         with dsl.ParallelFor(listed.output, name=f"each-{node.name.replace('_', '-')}") as one:
             return self._task(node, one.run, {node.map.param: one.item, "index": one.place})

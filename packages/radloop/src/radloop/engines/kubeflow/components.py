@@ -104,9 +104,11 @@ CLOSE = f'''def close(
     project: str = "{MOUNT}",
 ):
     """End the run, tell the recipients of [alerts] if it did not succeed, and write the report of the loop."""
+    if not alert:  # somebody waits for this run, and ends it
+        return
     from radloop.engines.kubeflow.task import close_run
 
-    close_run(project, job, status.state, alert, report)
+    close_run(project, job, status.state, report)
 '''
 
 

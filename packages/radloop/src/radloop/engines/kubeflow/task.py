@@ -220,8 +220,8 @@ def open_run(spec: str, project: str, job: str, run_id: str, outputs: Mapping[st
     home = Path(project).resolve()
     if not run_id:
         run_id = _begin(spec, home)
-    _runs(home, job).parent.mkdir(parents=True, exist_ok=True)
-    write_whole(_runs(home, job), run_id.encode())
+        _runs(home, job).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(_runs(home, job), run_id.encode())
     record = Record.load(home, run_id)
     for name, passed in outputs.items():
         if (place := record.inputs.get(name)) is None:  # not an empty folder, which an object store forgets
@@ -275,10 +275,10 @@ def list_items(listing: Passed, run_id: str) -> list[dict[str, Any]]:
     return [{"place": number, "item": item, "run": run_id} for number, item in enumerate(found)]
 
 
-def close_run(project: str, job: str, state: str, alert: bool, report: Passed) -> None:
+def close_run(project: str, job: str, state: str, report: Passed) -> None:
     """The exit handler: end the run however its tasks ended; tell the recipients of [alerts] if it did not succeed.
 
-    `report` receives the report of the loop as a page, if this is a project.
+    `report` receives the report of the loop, one page.
     """
     home = Path(project).resolve()
     try:
@@ -288,10 +288,6 @@ def close_run(project: str, job: str, state: str, alert: bool, report: Passed) -
             "the run never began", expected="a run opened by the first task", got=state, next_step="see that task's log"
         ) from None
     _runs(home, job).unlink()
-    if not alert:
-        ended = Record.load(home, run_id).close()
-        sys.stdout.write(f"{ended.pipeline} {ended.status}: {ended.message}\n")
-        return
     told = _radloop("engine", "close", run_id, "--project", str(home), "--alert")
     sys.stdout.write(f"{told['pipeline']} {told['status']}: {told.get('message', '')}\n")
     page = _radloop("report", "--project", str(home))["report"]
