@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +23,7 @@ from radloop.engines import kubernetes
 from radloop.engines.kubernetes import Options
 from radloop.engines.kubernetes.cluster import Cluster, Gone
 from radloop.engines.kubernetes.job import job
+from radloop.errors import RunLocked
 from radloop.pipeline import Builder, Node, Pipeline
 from radloop.pipeline.records import RunResult
 from radloop.stage.protocol import Event, Request
@@ -220,6 +223,34 @@ def take_place(cluster: Cluster, home: Path, options: Options) -> None:
         except Gone:
             return
     pytest.fail("the Job is still there")
+
+
+def test_a_client_that_is_killed(home: Path, options: Options) -> None:
+    """A laptop's battery dies in the middle of a training. The Job goes on, nobody starts a second one beside it, and what
+    it makes is not made again.
+    """
+    script = (
+        "import sys, msgspec; from pathlib import Path; from radloop.engines import kubernetes\n"
+        "from radloop.testing import suite_stages as s; from radloop.testing.engine_suite import only\n"
+        "options = msgspec.json.decode(sys.argv[2], type=kubernetes.Options)\n"
+        "kubernetes.run(only(s.linger), home=Path(sys.argv[1]), options=options, emit=lambda e: print(e.event, flush=True))"
+    )
+    command = [sys.executable, "-c", script, str(home), msgspec.json.encode(options).decode()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as client:
+        assert client.stdout is not None
+        while client.stdout.readline() != b"started\n":
+            assert client.poll() is None
+        client.kill()
+    (run,) = (home / "runs").glob("*-*")
+    with pytest.raises(RunLocked, match=f"run {run.name}, process"):
+        kubernetes.run(only(s.linger), home=home, options=options)
+    until = time.monotonic() + 60
+    while not (run / "linger/result.json").exists() and time.monotonic() < until:
+        time.sleep(0.5)
+    time.sleep(1)
+    again = kubernetes.run(only(s.linger), home=home, options=options)
+    assert again.status == "succeeded", again.message
+    assert again.results["linger"].cached
 
 
 class Proxy:
