@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from radloop.pipeline import Builder, Pipeline
 from radloop.pipeline.records import Record, RunResult, read_run
 from radloop.settings import Settings, load
 from radloop.stage import Secret, stage
+from radloop.stage.lock import holder
 from radloop.testing import suite_stages as s
 from radloop.testing.engine_suite import SECRET, EngineSuite, only, ran, small
 from radloop.testing.hospital import make_hospital
@@ -327,6 +329,36 @@ def test_not_installed(tfdv_python: Path, tmp_path: Path) -> None:
     assert "SettingsError: MLflow is not installed here" in done.stderr.decode()
     assert "pip install 'radloop[train]'" in done.stderr.decode()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupt_ends_the_stage_and_the_runs(home: Path) -> None:
+    """Ctrl-C must give the terminal back, end the stage behind MLflow's own processes, and not leave runs 'running'."""
+    code = (
+        "import sys; from pathlib import Path; from radloop.engines import mlflow_project\n"
+        "from radloop.pipeline import read_pipeline\n"
+        "pipeline = read_pipeline(sys.stdin.buffer.read())\n"
+        "mlflow_project.run(pipeline, home=Path(sys.argv[1]), emit=lambda event: print(event, flush=True))\n"
+    )
+    command = [sys.executable, "-c", code, home]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(only(s.linger).to_json())
+            process.stdin.close()
+            assert b"started" in process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+            process.wait(20)
+        finally:
+            process.kill()
+    ended = {name: run.info.status for name, run in found(home).items()}
+    assert ended == {"suite": "KILLED", "linger": "FAILED"}  # the latter is MLflow's own word for it
+    until = time.monotonic() + 10
+    while holder(home, "suite") and time.monotonic() < until:
+        time.sleep(0.1)
+    assert holder(home, "suite") == ""  # no process of the stage is left
+    (record,) = (home / "runs").glob("*/run.json")
+    assert read_run(record).status == "failed"
 
 
 @stage

@@ -15,6 +15,7 @@ where the one process that starts the child runs also fills them.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -25,7 +26,7 @@ from pathlib import Path
 from radloop.engines.mlflow_project.chain import EVENTS, Chain, watched
 from radloop.engines.mlflow_project.project import NAME, export
 from radloop.engines.mlflow_project.runs import Runs, tags_of
-from radloop.errors import RadloopError
+from radloop.errors import EngineError, RadloopError
 from radloop.pipeline import Pipeline
 from radloop.pipeline.records import Record, RunResult
 from radloop.pipeline.run import Launcher
@@ -77,7 +78,13 @@ def run(
         shutil.rmtree(record.folder)
         raise
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    with _globals, watched(emit) as events:
-        ended = Chain(record, project, runs, parent, environments or {}, {EVENTS: events, "PATH": path}).run()
+    try:
+        with _globals, watched(emit) as events:
+            env = {EVENTS: events, "PATH": path}
+            ended = Chain(record, project, runs, parent, environments or {}, env).run()
+    except BaseException:  # Ctrl-C, most often
+        with contextlib.suppress(EngineError):
+            runs.end(parent, "KILLED")
+        raise
     runs.end(parent, "FINISHED" if ended.status == "succeeded" else "FAILED")
     return ended

@@ -110,7 +110,8 @@ def _run_pipeline(options: argparse.Namespace) -> int:
         return opened.returncode  # it has said why
     record = Record.load(home, msgspec.json.decode(opened.stdout)["run_id"])
     ended = Chain(record, Path.cwd(), runs, os.environ["MLFLOW_RUN_ID"], _pairs(options.python), {}).run()
-    sys.stdout.write(f"{ended.pipeline}: {ended.status} (run {ended.run_id}, {record.folder})\n{ended.message}\n")
+    said = f"{ended.message}\n" if ended.message else ""
+    sys.stdout.write(f"{ended.pipeline}: {ended.status} (run {ended.run_id}, {record.folder})\n{said}")
     return EXIT[ended.status]
 
 
