@@ -73,7 +73,7 @@ class EngineSuite:
         home.mkdir(exist_ok=True)
         owner = home.stat()
         options = f"size=8m,mode=700,uid={owner.st_uid},gid={owner.st_gid}"
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", home]
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(home)]
         if subprocess.run(command, check=False, capture_output=True).returncode:
             pytest.skip("a small file system can only be mounted by root")
         yield home
