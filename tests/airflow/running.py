@@ -32,7 +32,7 @@ def load_dag(file: Path, dag_id: str) -> Any:
     from airflow.dag_processing.dagbag import DagBag
 
     bag = DagBag(str(file))
-    assert not bag.import_errors, bag.import_errors
+    assert not bag.import_errors, "\n".join(bag.import_errors.values())
     return bag.dags[dag_id]
 
 

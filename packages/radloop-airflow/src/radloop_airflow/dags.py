@@ -16,7 +16,7 @@ from airflow.sdk import DAG, AssetAny, AssetOrTimeSchedule, BaseOperator, CronTr
 from radloop.artifact import Each
 from radloop.errors import DefinitionError, UnsupportedByEngine
 from radloop.pipeline import Node, Pipeline, read_pipeline
-from radloop_airflow.assets import asset, outlets_of
+from radloop_airflow.assets import announced, asset, read
 from radloop_airflow.operators import (
     CLOSE,
     DUE,
@@ -96,16 +96,21 @@ def dag_from_spec(
             pipeline=pipeline.name,
             spec=str(path),
             retries=0,
-            inlets=_inlets(pipeline, str(project)),
+            inlets=[asset(str(project), name) for name in read(pipeline)],
             **named,
         )
         if begin == "if due":
             RadloopDueOperator(task_id=DUE, pipeline=pipeline.name, **named) >> opened
         elif begin == "when due":
             RadloopDueSensor(task_id=DUE, pipeline=pipeline.name, poke_s=poke_s, **named) >> opened
-        told = [_notifier(pipeline, notify)] if notify else None
         closed = RadloopCloseOperator(
-            task_id=CLOSE, trigger_rule="all_done", retries=0, on_failure_callback=told, **named
+            task_id=CLOSE,
+            announces=announced(pipeline),
+            alert=not notify,  # one mail is enough
+            on_failure_callback=[_notifier(pipeline, notify)] if notify else None,
+            trigger_rule="all_done",
+            retries=0,
+            **named,
         )
         by_role = {role: list(users) for role, users in (approvers or {}).items()}
         _stages(pipeline, opened, closed, pool, ask=ask, approvers=by_role, **named)
@@ -153,7 +158,6 @@ def _task_options(node: Node, pool: str) -> dict[str, Any]:
         "node": node.name,
         "retries": node.retries,
         "doc_md": _say_node(node),
-        "announces": {} if node.map else outlets_of(node),
     }
     if pool and node.resources:
         options["pool"] = pool
@@ -192,16 +196,6 @@ def _schedule(project: str, time: str | timedelta | None, on: Sequence[str]) -> 
     if not isinstance(time, str):
         raise DefinitionError("a schedule beside assets must be a cron expression", expected="'@daily'", got=time)
     return AssetOrTimeSchedule(timetable=CronTriggerTimetable(time, timezone="UTC"), assets=condition)
-
-
-def _inlets(pipeline: Pipeline, project: str) -> list[Any]:
-    """What other pipelines of the project leave and this one reads."""
-    from radloop_airflow.assets import CHAMPION, KINDS
-
-    names = {given.kind for given in pipeline.inputs if given.kind in KINDS}
-    if any(given.name == "champion" for given in pipeline.inputs):
-        names.add(CHAMPION)
-    return [asset(project, name) for name in sorted(names)]
 
 
 def _notifier(pipeline: Pipeline, to: Sequence[str]) -> SmtpNotifier:

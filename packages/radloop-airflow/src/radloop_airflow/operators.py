@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,15 +119,19 @@ class RadloopOpenOperator(_Operator):
 class RadloopCloseOperator(_Operator):
     """Ends a run, however its stages ended; fails unless it succeeded, so that no DAG run is green when the run is not.
 
+    What others wait for is announced here, as assets, and not by the stage that makes it: a pipeline takes its inputs from runs
+    that have ended.
+
     Args:
         alert: mail the recipients of `[alerts]` in radloop.toml where it did not succeed.
+        announces: by asset name, the `stage.output` it stands for.
     """
 
     ui_color = "#e6f1f2"
 
-    def __init__(self, *, alert: bool = True, **options: Any) -> None:
-        super().__init__(**options)
-        self.alert = alert
+    def __init__(self, *, alert: bool = True, announces: dict[str, str] | None = None, **options: Any) -> None:
+        super().__init__(outlets=[asset(options["project"], name) for name in announces or {}], **options)
+        self.alert, self.announces = alert, announces or {}
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Ask `radloop engine close`."""
@@ -136,6 +140,11 @@ class RadloopCloseOperator(_Operator):
             told = self.asked.ask("engine", "close", run_id, *(["--alert"] if self.alert else []))
         if told["status"] != "succeeded":
             raise AirflowFailException(f"{told['status']}: {told['message']}")
+        for name, source in self.announces.items():
+            node, _, output = source.partition(".")
+            made = told["results"][node]["outputs"][output]
+            extra = {"digest": made["digest"], "run_id": run_id, "source": source, **made.get("counts", {})}
+            context["outlet_events"][asset(self.project, name)].extra.update(extra)
         return {"run_id": run_id, "status": told["status"]}
 
 
@@ -168,7 +177,6 @@ class RadloopStageOperator(_Operator):
     Args:
         node: the stage's name in the pipeline.
         index: which item, of a mapped one.
-        announces: asset name by output.
         ask: ask a person in Airflow; otherwise `radloop approve` is what helps.
         approvers: who may answer, by role; anyone whom Airflow lets, where a role is not in it.
     """
@@ -180,14 +188,12 @@ class RadloopStageOperator(_Operator):
         *,
         node: str,
         index: int | None = None,
-        announces: dict[str, str] | None = None,
         ask: bool = True,
         approvers: dict[str, list[str]] | None = None,
         **options: Any,
     ) -> None:
-        options.setdefault("outlets", [asset(options["project"], name) for name in (announces or {}).values()])
         super().__init__(**options)
-        self.node, self.index, self.announces = node, index, announces or {}
+        self.node, self.index = node, index
         self.ask, self.approvers = ask, approvers or {}
 
     def execute(self, context: Context) -> dict[str, Any]:
@@ -197,7 +203,7 @@ class RadloopStageOperator(_Operator):
             result = self._run(record, record.pipeline.node(self.node), context)
             if result.status == "waiting" and self.ask:
                 ask_person(self, context, record, result)
-            return self._concluded(record, result, context)
+            return self._concluded(record, result)
 
     def answered(self, context: Context, event: dict[str, Any]) -> dict[str, Any]:
         """Go on after a person's answer: record the approval, ask the gates again that look at the world, and run."""
@@ -207,7 +213,7 @@ class RadloopStageOperator(_Operator):
             for name in again(record, record.pipeline.node(self.node)):
                 self._run(record, record.pipeline.node(name), context)
             result = self._run(record, record.pipeline.node(self.node), context)
-            return self._concluded(record, result, context)
+            return self._concluded(record, result)
 
     def on_kill(self) -> None:
         """End the stage's process and all it has started."""
@@ -233,17 +239,13 @@ class RadloopStageOperator(_Operator):
 
         return watch
 
-    def _concluded(self, record: Record, result: Result, context: Context) -> dict[str, Any]:
+    def _concluded(self, record: Record, result: Result) -> dict[str, Any]:
         if result.status == "failed":
             raise AirflowException(result.message)
         if result.status != "succeeded":
             raise AirflowFailException(result.message)
         if stop := last_word(record, record.pipeline.node(self.node), result):
             raise AirflowFailException(stop)
-        for output, name in self.announces.items():
-            description = result.outputs[output]
-            told = {"digest": description.digest, "run_id": record.run_id, "place": f"{result.place}/{output}"}
-            context["outlet_events"][asset(self.project, name)].extra.update({**told, **description.counts})
         digests = {output: description.digest for output, description in result.outputs.items()}
         return {"status": result.status, "place": result.place, "cached": result.cached, "outputs": digests}
 
@@ -259,7 +261,9 @@ def last_word(record: Record, node: Node, result: Result) -> str:
     return ""
 
 
-def again(record: Record, node: Node) -> Sequence[str]:
-    """Stages whose verdicts a person let pass, and that look at the world: they go on where they stood (a canary's steps)."""
-    names = [gate.partition(".")[0] for gate in node.gates]
+def again(record: Record, node: Node) -> list[str]:
+    """Stages that look at the world and whose verdicts a person let pass: they go on where they stood (a canary's steps)."""
+    gates = record.request(node).gates if not node.map else ()
+    waited = [read_verdict(open_artifact(record.home / gate))[0] == "wait" for gate in gates]
+    names = [source.partition(".")[0] for source, wait in zip(node.gates, waited, strict=False) if wait]
     return [name for name in names if not record.pipeline.node(name).cache]

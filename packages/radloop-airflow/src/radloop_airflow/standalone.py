@@ -108,6 +108,9 @@ def environment(home: Path, settings: Settings, port: int) -> dict[str, str]:
         "AIRFLOW__API_AUTH__JWT_SECRET": secrets.token_hex(32),
         "AIRFLOW__SCHEDULER__ENABLE_HEALTH_CHECK": "False",
         "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "30",
+        # A worker keeps its slot so long after its task; and who answers an approval before that finds the task failed
+        # ("the task instance's state attribute is running": the scheduler of Airflow 3.3 hears of the two in the wrong order).
+        "AIRFLOW__WORKERS__MIN_HEARTBEAT_INTERVAL": "1",
         **_mail(settings),
         **os.environ,
         "AIRFLOW_HOME": str(home),

@@ -34,6 +34,7 @@ class RadloopDueTrigger(BaseTrigger):
         """Ask until it is due; an event with `why`, or with `error` where the question itself failed."""
         said = ""
         while True:
+            await asyncio.sleep(self.poke_s)  # the sensor has just asked
             try:
                 told = await self._ask()
             except RadloopError as error:
@@ -45,7 +46,6 @@ class RadloopDueTrigger(BaseTrigger):
             if told["why"] != said:
                 said = told["why"]
                 self.log.info("%s is not due: %s", self.pipeline, said)
-            await asyncio.sleep(self.poke_s)
 
     async def _ask(self) -> dict[str, Any]:
         arguments = ("engine", "due", self.pipeline)
