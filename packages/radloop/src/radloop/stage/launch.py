@@ -12,16 +12,19 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 import msgspec
 
 from radloop.errors import DefinitionError
 from radloop.stage.execute import Approved, Emit, execute
+from radloop.stage.forked import Forked
 from radloop.stage.protocol import EXIT, SPEC_VERSION, STATUS, Event, Request, Result, encode
 from radloop.stage.store import sweep
 
 _TAIL_LINES = 30
-_live: set[subprocess.Popen[bytes]] = set()
+Process = subprocess.Popen[bytes] | Forked
+_live: set[Process] = set()
 
 
 def serve_request(request_file: Path, result_file: Path, approved: Approved) -> int:
@@ -73,7 +76,7 @@ def launch(
     folder: Path,
     emit: Emit,
     *,
-    python: str,
+    python: str | None,
     timeout_s: float | None = None,
     env: Mapping[str, str] | None = None,
 ) -> Result:
@@ -83,7 +86,8 @@ def launch(
         request: the stage to run.
         folder: where request.json, result.json and stderr.log are kept.
         emit: receives the stage's events as they come.
-        python: interpreter of the environment that holds radloop and the stage's needs.
+        python: interpreter of the environment that holds radloop and the stage's needs; None for a fork of this process,
+            which must have no other thread: it saves the start of a Python.
         timeout_s: seconds after which the process group is ended.
         env: variables added to this process's environment; the way secrets travel.
 
@@ -107,7 +111,7 @@ def _launch(
     folder: Path,
     emit: Emit,
     *,
-    python: str,
+    python: str | None,
     timeout_s: float | None,
     env: Mapping[str, str] | None,
 ) -> Result:
@@ -115,20 +119,13 @@ def _launch(
     request_file, result_file = folder / "request.json", folder / "result.json"
     write_whole(request_file, encode(request))
     result_file.unlink(missing_ok=True)
-    command = [python, "-m", "radloop.cli", "stage", request.stage]
-    command += ["--request", str(request_file), "--result", str(result_file)]
+    command = ["stage", request.stage, "--request", str(request_file), "--result", str(result_file)]
     began = time.perf_counter()
     with (folder / "stderr.log").open("wb") as errors:
         try:
-            process = subprocess.Popen(
-                command,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                start_new_session=True,
-                env={**os.environ, **(env or {})},
-            )
+            process = _start(python, command, errors, env or {})
         except OSError as error:
-            return _failed(request, f"{python} cannot be started: {error}", began)
+            return _failed(request, f"{python or 'a fork'} cannot be started: {error}", began)
         _live.add(process)
         try:
             closed = _follow(process, emit, timeout_s)
@@ -140,13 +137,25 @@ def _launch(
         result = msgspec.json.decode(result_file.read_bytes(), type=Result)
     except (OSError, msgspec.MsgspecError) as error:
         return _failed(request, f"the stage closed but left no readable result: {error}", began)
-    if result.status != STATUS.get(process.returncode, "failed") or result.status != closed.status:
+    if result.status != STATUS.get(process.wait(), "failed") or result.status != closed.status:
         told = f"exit {process.returncode}, event {closed.status}, result {result.status}"
         return _failed(request, f"the stage's exit, closing event and result disagree: {told}", began)
     return result
 
 
-def _follow(process: subprocess.Popen[bytes], emit: Emit, timeout_s: float | None) -> Event | None:
+def _start(python: str | None, command: list[str], errors: IO[bytes], env: Mapping[str, str]) -> Process:
+    if python is None:
+        return Forked(command, errors, env)
+    return subprocess.Popen(
+        [python, "-m", "radloop.cli", *command],
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        start_new_session=True,
+        env={**os.environ, **env},
+    )
+
+
+def _follow(process: Process, emit: Emit, timeout_s: float | None) -> Event | None:
     """Pass events on until the process ends; the closing event, or None."""
     timer = threading.Timer(timeout_s, end_group, [process]) if timeout_s else None
     if timer:
@@ -173,7 +182,7 @@ def _follow(process: subprocess.Popen[bytes], emit: Emit, timeout_s: float | Non
     return closed
 
 
-def end_group(process: subprocess.Popen[bytes], grace_s: float = 3.0) -> None:
+def end_group(process: Process, grace_s: float = 3.0) -> None:
     """End a process and what it started: SIGTERM, then SIGKILL."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None and sign is signal.SIGTERM:
@@ -203,10 +212,10 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _why(process: subprocess.Popen[bytes], folder: Path, timeout_s: float | None, began: float) -> str:
+def _why(process: Process, folder: Path, timeout_s: float | None, began: float) -> str:
     if timeout_s and time.perf_counter() - began >= timeout_s:
         return f"the stage was ended after its limit of {timeout_s:g} s"
-    code = process.returncode
+    code = process.wait()
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited {code} without its closing event"
     with (folder / "stderr.log").open(errors="replace") as f:
         tail = "".join(deque(f, _TAIL_LINES)).strip()

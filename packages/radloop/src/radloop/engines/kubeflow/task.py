@@ -72,7 +72,9 @@ def run_stage(ref: str, environment: str, timeout_s: float | None, given: Mappin
         if request.attempt > 1:
             message = f"try {request.attempt - 1} failed; again"
             emit(Event(event="log", node=request.node, at=time.time(), message=message))
-        python = os.environ.get(python_variable(environment), sys.executable)
+        python = os.environ.get(python_variable(environment))
+        if python == sys.executable:
+            python = None  # a fork of this task's process, which is what KFP started for this stage alone
         result = launch(request, folder, emit, python=python, timeout_s=timeout_s)
         if record and node:
             record.keep(node, index, request, result)
