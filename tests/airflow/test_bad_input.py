@@ -13,8 +13,10 @@ from running import load_dag, run_dag, write_dag
 
 from radloop.cli.init import make_project
 from radloop.pipeline import Builder, Node, Pipeline
+from radloop.settings import Alerts, Settings
 from radloop.testing import suite_stages as s
 from radloop.testing.engine_suite import SECRET, only, ran, small
+from radloop_airflow.standalone import environment
 
 HOLD = (
     "import sys; from pathlib import Path; from radloop.stage.lock import hold\n"
@@ -159,3 +161,26 @@ def test_the_provider_is_known(metadata: Path) -> None:
     info = ProvidersManager().providers["radloop-airflow"]
     assert info.version == "0.1.0"
     assert info.data["operators"][0]["python-modules"] == ["radloop_airflow.operators"]
+
+
+def test_a_run_that_did_not_succeed_is_mailed(
+    metadata: Path, core: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody looks at a page at night; whom radloop.toml names must hear of it, over the connection made from it."""
+    code = (
+        "import sys; from radloop.testing.clinic import mail_sink\n"
+        "with mail_sink(lambda line: print(line, flush=True)) as sink:\n"
+        "    print(sink.port, flush=True); sys.stdin.read()\n"
+    )
+    with subprocess.Popen([core, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as sink:
+        assert sink.stdout is not None
+        assert sink.stdin is not None
+        where = Alerts(smtp_host="127.0.0.1", smtp_port=int(sink.stdout.readline()), sender="radloop@hospital.invalid")
+        env = environment(home, Settings(alerts=where), 1)
+        monkeypatch.setenv("AIRFLOW_CONN_SMTP_DEFAULT", env["AIRFLOW_CONN_SMTP_DEFAULT"])
+        told = ["physicist@hospital.invalid"]
+        dag_run, _ = run_dag(metadata, small(at_most=1.0), project=str(home), core=core, notify=told)
+        assert str(dag_run.state) == "failed"
+        sink.stdin.close()
+        mails = sink.stdout.read().splitlines()
+    assert mails == [f"mail to physicist@hospital.invalid: radloop: {dag_run.dag_id} did not succeed"]

@@ -132,8 +132,12 @@ def airflow(project: Path) -> Iterator[Airflow]:
         wait_until(ready, 300, log.read_text)
         with contextlib.closing(Airflow(project / "airflow", port)) as api:
             yield api
-    left = subprocess.run(["pgrep", "-f", str(project)], capture_output=True, text=True, check=False).stdout
-    assert left == "", f"processes were left behind: {left}"
+    wait_until(lambda: not of(str(project)), 15, lambda: f"processes were left behind: {of(str(project))}")
+
+
+def of(words: str) -> str:
+    """Processes whose command line holds these words."""
+    return subprocess.run(["pgrep", "-af", words], capture_output=True, text=True, check=False).stdout
 
 
 def small_dag(airflow: Airflow, project: Path, pipeline: Pipeline, dag_id: str, **options: Any) -> str:
@@ -224,12 +228,10 @@ def test_a_task_that_is_ended_ends_its_stage(airflow: Airflow, tmp_path: Path) -
     home = make(tmp_path / "ended")
     run = small_dag(airflow, home, only(s.linger), "ended")
 
-    def lingers() -> str:
-        return subprocess.run(["pgrep", "-f", f"stage.*{home}"], capture_output=True, text=True, check=False).stdout
-
-    wait_until(lambda: bool(lingers()), 120, lambda: str(airflow.states("ended", run)))
+    stage = f"stage.*{home}"
+    wait_until(lambda: bool(of(stage)), 120, lambda: str(airflow.states("ended", run)))
     airflow.end("ended", run, "linger")
-    wait_until(lambda: not lingers(), 25, lambda: "the stage goes on")  # it lingers for 30 s
+    wait_until(lambda: not of(stage), 25, lambda: "the stage goes on")  # it lingers for 30 s
 
 
 def test_dags_alone_bring_a_model_from_modality_to_promotion(
