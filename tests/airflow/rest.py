@@ -75,6 +75,17 @@ class Airflow:
         path = f"/api/v2/dags/{dag_id}/dagRuns/{run}/taskInstances/{task}"
         self._client.patch(path, json={"new_state": "failed"}).raise_for_status()
 
+    def clear(self, dag_id: str, run: str, task: str) -> None:
+        """Have a task and all behind it run again."""
+        asked = {
+            "dag_run_id": run,
+            "task_ids": [task],
+            "include_downstream": True,
+            "only_failed": False,
+            "dry_run": False,
+        }
+        self._client.post(f"/api/v2/dags/{dag_id}/clearTaskInstances", json=asked).raise_for_status()
+
     def asked(self, dag_id: str = "~", run: str = "~") -> list[dict[str, Any]]:
         """What waits for a person in Required Actions."""
         found = self.get(f"dags/{dag_id}/dagRuns/{run}/hitlDetails", response_received=False, limit=100)["hitl_details"]

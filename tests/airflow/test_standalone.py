@@ -213,6 +213,19 @@ def test_only_who_holds_the_role_may_answer(airflow: Airflow, tmp_path: Path) ->
     assert approvals_in(home) == []
 
 
+def test_an_approval_on_the_command_line_goes_on_by_clearing(airflow: Airflow, tmp_path: Path) -> None:
+    """Where nobody answers in Airflow, the run must go on where it stood and not from its beginning."""
+    home = make(tmp_path / "cleared")
+    run = small_dag(airflow, home, small(ask=True), "cleared", ask=False)
+    assert finished(airflow, "cleared", run) == "failed"
+    assert "next: radloop approve" in airflow.log("cleared", run, "report")
+    (waits,) = json.loads(radloop(home, "status", "--json"))["waiting"]
+    radloop(home, "approve", waits["digest"], "--why", "read the figures")
+    airflow.clear("cleared", run, "report")
+    assert finished(airflow, "cleared", run) == "success"
+    assert (ran(home, "total"), ran(home, "report")) == (1, 1)
+
+
 def test_a_secret_is_nowhere_in_a_running_airflow(airflow: Airflow, tmp_path: Path) -> None:
     """Specs, rendered fields, XCom and logs are read by many, and backed up."""
     home = make(tmp_path / "whisper")

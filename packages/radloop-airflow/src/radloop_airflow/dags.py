@@ -76,28 +76,13 @@ def dag_from_spec(
     pipeline = _read(path)
     check(pipeline)
     named: dict[str, Any] = {"project": str(project), "core": core}
-    defaults = {"retries": 3, "retry_delay": timedelta(seconds=retry_delay_s), "retry_exponential_backoff": False}
+    standard = _standard(pipeline, str(project), timedelta(seconds=retry_delay_s))
     with DAG(
-        dag_id or pipeline.name,
-        **{
-            "schedule": _schedule(str(project), schedule, on),
-            "start_date": _FROM,
-            "catchup": False,
-            "max_active_runs": 1,
-            "tags": ["radloop", Path(project).name],
-            "doc_md": _say_pipeline(pipeline),
-            "params": {"always": Param(False, type="boolean", description="Run even if nothing new is there.")},
-            "default_args": defaults,
-            **options,
-        },
+        dag_id or pipeline.name, **{**standard, "schedule": _schedule(str(project), schedule, on), **options}
     ) as dag:
+        inlets = [asset(str(project), name) for name in read(pipeline)]
         opened = RadloopOpenOperator(
-            task_id=OPEN,
-            pipeline=pipeline.name,
-            spec=str(path),
-            retries=0,
-            inlets=[asset(str(project), name) for name in read(pipeline)],
-            **named,
+            task_id=OPEN, pipeline=pipeline.name, spec=str(path), retries=0, inlets=inlets, **named
         )
         if begin == "if due":
             RadloopDueOperator(task_id=DUE, pipeline=pipeline.name, **named) >> opened
@@ -185,6 +170,19 @@ def _read(path: Path) -> Pipeline:
             expected="a file that `radloop export airflow` wrote, beside the DAG file",
             got=str(error),
         ) from None
+
+
+def _standard(pipeline: Pipeline, project: str, retry_delay: timedelta) -> dict[str, Any]:
+    """What a DAG is given unless its file says otherwise: one run at a time, for a second is refused while the first works."""
+    return {
+        "start_date": _FROM,
+        "catchup": False,
+        "max_active_runs": 1,
+        "tags": ["radloop", Path(project).name],
+        "doc_md": _say_pipeline(pipeline),
+        "params": {"always": Param(False, type="boolean", description="Run even if nothing new is there.")},
+        "default_args": {"retries": 3, "retry_delay": retry_delay, "retry_exponential_backoff": False},
+    }
 
 
 def _schedule(project: str, time: str | timedelta | None, on: Sequence[str]) -> Any:
