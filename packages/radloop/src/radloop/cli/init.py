@@ -31,6 +31,7 @@ serving/
 predictions/
 mlflow/
 reports/
+airflow/
 logs/
 """
 LOSING = (
