@@ -6,8 +6,8 @@ Peers run empty functions wired in the same way: Dagster, in process; plain Kube
 SubprocessRunner; plain Airflow, by `dag.test()` of Python tasks. On Kubeflow and Airflow what a run costs whatever its stages is
 taken out: a chain of five against a chain of ten, both ours and plain. "One Python start" is that of `radloop stage --help`: an
 interpreter and the imports of a process that runs a stage, which is what any engine pays for one.
-The limit printed is two fsyncs of small files in a new directory, renamed: what a record that survives a power cut costs at the least on this disk. The command line is timed as a process, best of
-seven: what else the machine does only ever adds.
+The limit printed is two fsyncs of small files in a new directory, renamed: what a record that survives a power cut costs at the
+least on this disk. The command line is timed as a process, best of seven: what else the machine does only ever adds.
 
 Promises: a stage of the local engine 5 ms with its record, `radloop --help` 0.3 s, and a stage of ours on Kubeflow and on Airflow
 at most 1.3 times the bare engine's plus one Python start. Exits with 1 where one is not kept.
@@ -80,7 +80,7 @@ def plain_kubeflow() -> Case:
     from kfp import dsl
     from kfp import local as kfp_local
 
-    def empty(after):
+    def empty(after: str) -> str:
         return after
 
     empty.__annotations__ = {"after": str, "return": str}

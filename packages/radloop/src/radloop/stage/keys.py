@@ -25,6 +25,7 @@ from radloop.stage.protocol import SPEC_VERSION, Request, encode
 _DATA = {".csv", ".json", ".npz"}
 # What stages import, found once for each state of radloop's sources: grimp takes longer than a small stage.
 _MEMO = "runs/.code.json"
+_here: dict[str, str] = {}  # in this process, whose code does not change
 
 
 def key(request: Request, inputs: Mapping[str, str | None]) -> str:
@@ -45,12 +46,17 @@ def key(request: Request, inputs: Mapping[str, str | None]) -> str:
     return hashlib.sha256(encode(parts)).hexdigest()
 
 
-@cache
 def code_digest(module: str, memo: Path | None = None) -> str:
     """SHA-256 over the sources of a module and of all radloop modules it imports, at whatever depth.
 
     `memo` is a file in which the answer is kept; its entries are made of the sources' contents, so an old one is never taken.
     """
+    if module not in _here:
+        _here[module] = _code_digest(module, memo)
+    return _here[module]
+
+
+def _code_digest(module: str, memo: Path | None) -> str:
     if module.split(".")[0] != "radloop":
         return _digest({_source(module)})
     state = _digest(_all_sources())
@@ -89,7 +95,8 @@ def _own_sources(folders: list[Path]) -> list[Path]:
 
 def _digest(sources: set[Path]) -> str:
     digest = hashlib.sha256()
-    files = sources | {data for source in sources for data in source.parent.iterdir() if data.suffix in _DATA}
+    folders = {source.parent for source in sources}
+    files = sources | {data for folder in folders for data in folder.iterdir() if data.suffix in _DATA}
     for file in sorted(files):
         digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()

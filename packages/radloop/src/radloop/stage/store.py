@@ -21,7 +21,6 @@ from pathlib import Path
 
 import msgspec
 
-from radloop.artifact import sync
 from radloop.stage.protocol import Result, encode
 
 _FOLDER, _RESULT = "artifacts", "result.json"
@@ -66,7 +65,6 @@ def publish(home: Path, folder: Path, key: str, result: Result) -> Result:
     while True:
         try:
             os.rename(folder, final)
-            sync(final.parent)
             return result
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
