@@ -21,7 +21,7 @@ class Airflow:
     """
 
     def __init__(self, home: Path, port: int) -> None:
-        self.home = home
+        self.home, self.port = home, port
         passwords = json.loads((home / "simple_auth_manager_passwords.json.generated").read_text())
         ((self.user, password),) = passwords.items()
         self._client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)

@@ -26,6 +26,7 @@ from radloop.stage.protocol import Approval
 from radloop.stages.project import open_catalog
 from radloop.testing import suite_stages as s
 from radloop.testing.engine_suite import SECRET, only, ran, small
+from radloop.testing.loops import made
 from radloop.testing.modality import send
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -314,3 +315,19 @@ def facts(project: Path) -> dict[str, Any]:
                     measured = json.loads((place / "evaluation.json").read_text())
     assert {"publish.dataset", "train.model", "evaluate.evaluation"} <= set(digests)
     return {"digests": digests, "verdicts": verdicts, "evaluation": measured}
+
+
+def test_demo_on_airflow_makes_what_local_makes(airflow: Airflow, tmp_path: Path) -> None:
+    """Both rounds, drift and challenger included: who moves from the laptop to Airflow finds the same versions and decisions."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    script = Path(__file__).parent / "demo_by_rest.py"
+    for command in (
+        [CORE, "-m", "radloop.cli", "demo", str(here), "--size", "small", "--yes"],
+        [CORE, str(script), str(there), str(airflow.home), str(airflow.port), CORE],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert {json.loads(record.read_text())["engine"] for record in there.glob("runs/*/run.json")} == {"airflow"}
+    local = made(here)
+    assert len(local.datasets) == 2
+    assert made(there) == local

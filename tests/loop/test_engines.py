@@ -5,12 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
-from radloop.pipeline.records import RunResult, read_run
-from radloop.stage.execute import read_verdict
+from radloop.pipeline.records import read_run
+from radloop.testing.loops import made
 
 pytestmark = pytest.mark.slow
 
@@ -25,38 +25,6 @@ sys.exit(told["exit"])
 """
 
 
-class Made(NamedTuple):
-    """What a demo left, in the order of its runs that came to their end."""
-
-    datasets: list[str]
-    models: list[str]
-    metrics: list[Any]
-    verdicts: list[tuple[str, dict[str, str]]]
-
-
-def made(project: Path) -> Made:
-    """Read a demo's runs."""
-    records = sorted((project / "runs").glob("[0-9]*/run.json"))
-    runs = [run for run in map(read_run, records) if run.status == "succeeded"]
-    return Made(
-        [run.output("publish.dataset").digest for run in runs if run.pipeline == "prepare"],
-        [run.output("train.model").digest for run in runs if run.pipeline == "develop"],
-        [metrics(run) for run in runs if run.pipeline == "develop"],
-        [(run.pipeline, verdicts(run)) for run in runs],
-    )
-
-
-def metrics(run: RunResult) -> Any:
-    told = run.output("evaluate.evaluation").json("evaluation.json")
-    assert isinstance(told, dict)
-    return told
-
-
-def verdicts(run: RunResult) -> dict[str, str]:
-    """What each gate said; its words may differ where they tell of traffic."""
-    return {name: read_verdict(run.output(name))[0] for name in run.outputs if name.endswith(".verdict")}
-
-
 @pytest.mark.timeout(1500)
 @pytest.mark.services
 def test_demo_on_kubeflow_makes_what_local_makes(demo: Any, tmp_path: Path) -> None:
@@ -68,9 +36,6 @@ def test_demo_on_kubeflow_makes_what_local_makes(demo: Any, tmp_path: Path) -> N
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     engines = {read_run(record).engine for record in (project / "runs").glob("[0-9]*/run.json")}
     assert engines == {"kubeflow"}
-    here, there = made(demo.project), made(project)
+    here = made(demo.project)
     assert len(here.datasets) == 2
-    assert there.datasets == here.datasets
-    assert there.models == here.models
-    assert there.metrics == here.metrics
-    assert there.verdicts == here.verdicts
+    assert made(project) == here

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "packages/radloop/src"
 
 HEAVY = {"kfp", "matplotlib", "mlflow", "monai", "onnx", "onnxruntime", "pynetdicom", "sklearn", "scipy", "torch"}
-MLOPS = {"distributed", "kfp", "kserve", "kubernetes", "mlflow", "pyspark"}
+MLOPS = {"airflow", "distributed", "kfp", "kserve", "kubernetes", "mlflow", "pyspark"}
 TABLES = {"pandas", "pyarrow", "sqlalchemy", "alembic"}
 
 
@@ -120,6 +120,8 @@ def locked(name: str) -> dict[str, str]:
         ("core", "radloop", ["pixels", "train", "serve", "demo"]),
         ("tfdv", "radloop", []),
         ("tfdv", "radloop-tfdv", []),
+        ("airflow", "radloop", []),
+        ("airflow", "radloop-airflow", []),
     ],
 )
 def test_locks_hold_what_the_packages_ask_for(lock: str, package: str, extras: list[str]) -> None:
@@ -132,6 +134,12 @@ def test_locks_hold_what_the_packages_ask_for(lock: str, package: str, extras: l
         if name != "radloop":
             assert name in versions, f"{name}: make lock"
             assert requirement.specifier.contains(versions[name], prereleases=True), f"{requirement}: make lock"
+
+
+def test_an_orchestrator_has_nothing_that_trains() -> None:
+    """An Airflow worker that must hold torch is a worker nobody upgrades; stages run in environments of their own."""
+    heavy = {"torch", "monai", "mlflow", "mlflow-skinny", "kfp", "onnxruntime", "tensorflow", "kubernetes"}
+    assert heavy & set(locked("airflow")) == set()
 
 
 def test_no_path_of_a_machine_is_committed() -> None:
