@@ -104,6 +104,22 @@ def test_a_prediction_traces_back_to_its_instances(demo: Any, catalog: Catalog, 
     assert traced
 
 
+@pytest.mark.parametrize(
+    ("pipeline", "due", "why"),
+    [
+        ("develop", False, "has been trained on"),
+        ("train", False, "has been trained on"),
+        ("release", False, "version 2 has been tried"),
+        ("watch", True, "a champion is in production"),
+    ],
+)
+def test_what_is_done_is_not_due_again(demo: Any, radloop: Any, pipeline: str, due: bool, why: str) -> None:
+    """A sensor that asks every half minute would train and release the same model all night."""
+    told = msgspec.json.decode(radloop("engine", "due", pipeline, "--project", str(demo.project)).stdout)
+    assert told["due"] is due
+    assert why in told["why"]
+
+
 def test_requests_were_all_answered(demo: Any) -> None:
     """A release that drops requests is an outage."""
     said = re.search(r"(\d+) requests were answered meanwhile, (\d+) failed", demo.stderr)

@@ -166,19 +166,16 @@ def _release_due(home: Path) -> Due:
     registered = _last(home, _REGISTER)
     if registered is None or "register.registered" not in registered.outputs:
         return Due(False, "there is no registered model")
-    task = settings_of(home).task.name
-    tracking = open_tracking(home)
-    challenger, champion = tracking.alias(task, "challenger"), tracking.alias(task, "champion")
-    if challenger is None or challenger == champion:
-        return Due(False, "no version has the alias 'challenger'")
     told = registered.output("register.registered").json("registered.json")
     assert isinstance(told, dict)
-    if str(told["version"]) != str(challenger):
-        return Due(False, f"version {challenger} is the challenger, and the latest run registered {told['version']}")
-    released = _last(home, ("release",))
+    version, released = str(told["version"]), _last(home, ("release",))
     if released is not None and released.inputs["registered"] == registered.outputs["register.registered"]:
-        return Due(False, f"version {challenger} has been tried ({released.run_id}: {released.status})")
-    return Due(True, f"version {challenger} has the alias 'challenger'")
+        return Due(False, f"version {version} has been tried ({released.run_id}: {released.status})")
+    tracking, task = open_tracking(home), settings_of(home).task.name  # asked last: importing MLflow takes seconds
+    challenger = tracking.alias(task, "challenger")
+    if str(challenger) != version:
+        return Due(False, f"the latest run registered version {version}, and the alias 'challenger' names {challenger}")
+    return Due(True, f"version {version} has the alias 'challenger'")
 
 
 def _watch_due(home: Path) -> Due:
