@@ -26,7 +26,7 @@ from radloop.stage.protocol import Approval
 from radloop.stages.project import open_catalog
 from radloop.testing import suite_stages as s
 from radloop.testing.engine_suite import SECRET, only, ran, small
-from radloop.testing.loops import made
+from radloop.testing.loops import IDENTIFIED, identifiers, leaks, made
 from radloop.testing.modality import send
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -331,3 +331,6 @@ def test_demo_on_airflow_makes_what_local_makes(airflow: Airflow, tmp_path: Path
     local = made(here)
     assert len(local.datasets) == 2
     assert made(there) == local
+    secrets = identifiers(there / "hospital")
+    assert leaks(secrets, there, IDENTIFIED) == []
+    assert leaks(secrets, airflow.home) == []  # task logs, XCom and rendered fields in its database

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import signal
@@ -14,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import pyarrow.parquet as pq
-import pydicom
 import pytest
 
 from radloop.catalog.store import Catalog
 from radloop.serving import predictions
 from radloop.serving.desired import desired
+from radloop.testing.loops import IDENTIFIED, identifiers, leaks
 
 pytestmark = [pytest.mark.slow, pytest.mark.services, pytest.mark.timeout(900)]
 
@@ -130,39 +128,9 @@ def test_requests_were_all_answered(demo: Any) -> None:
 
 def test_no_phi_leaves_the_three_folders(demo: Any) -> None:
     """One name in a log, a metric or a Parquet file is a breach that must be reported."""
-    secrets = _identifiers(demo.project / "hospital")
-    assert len(secrets) > 300
-    pattern = re.compile(
-        b"|".join(re.escape(secret) for secret in sorted(secrets, key=len, reverse=True)), re.IGNORECASE
-    )
-    leaks = []
-    for path in sorted(demo.project.rglob("*")):
-        inside = path.relative_to(demo.project).parts[0]
-        if inside in ("landing", "quarantine", "identity", "hospital") or not path.is_file():
-            continue
-        text = path.read_bytes() if path.suffix != ".parquet" else _as_text(path)
-        if pattern.search(text) or pattern.search(str(path).encode()):
-            leaks.append(str(path.relative_to(demo.project)))
-    assert leaks == []
-    assert not pattern.search(demo.stderr.encode())
-
-
-def _as_text(path: Path) -> bytes:
-    table = pq.read_table(path)
-    out = io.StringIO()
-    for row in table.to_pylist():
-        out.write(str(row))
-    return out.getvalue().encode()
-
-
-def _identifiers(hospital: Path) -> set[bytes]:
-    """Names, identifiers and UIDs of the originals, long enough not to occur by chance."""
-    found: set[str] = set()
-    for path in hospital.rglob("IM*.dcm"):
-        ds = pydicom.dcmread(path, stop_before_pixels=True)
-        found |= {str(ds.PatientID), str(ds.AccessionNumber), ds.SOPInstanceUID, ds.StudyInstanceUID}
-        found |= {part for part in re.split(r"[\^=]", str(ds.PatientName)) if len(part) >= 6}
-    return {text.encode() for text in found if len(text) >= 6}
+    secrets = identifiers(demo.project / "hospital")
+    assert leaks(secrets, demo.project, IDENTIFIED) == []
+    assert not secrets.search(demo.stderr.encode())
 
 
 def test_report_opens_in_a_browser(demo: Any) -> None:

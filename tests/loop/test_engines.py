@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from radloop.pipeline.records import read_run
-from radloop.testing.loops import made
+from radloop.testing.loops import IDENTIFIED, identifiers, leaks, made
 
 pytestmark = pytest.mark.slow
 
@@ -39,3 +39,6 @@ def test_demo_on_kubeflow_makes_what_local_makes(demo: Any, tmp_path: Path) -> N
     here = made(demo.project)
     assert len(here.datasets) == 2
     assert made(project) == here
+    secrets = identifiers(project / "hospital")
+    assert leaks(secrets, project, IDENTIFIED) == []
+    assert not secrets.search(done.stdout.encode() + done.stderr.encode())

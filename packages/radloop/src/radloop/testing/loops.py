@@ -1,7 +1,11 @@
-"""What a project's runs made, measured and decided: the same on every engine, or two engines cannot stand for each other."""
+"""What a project's runs made, measured and decided: the same on every engine, or two engines cannot stand for each other.
+
+And what they must not have left anywhere: a patient's name.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,3 +44,44 @@ def made(project: Path) -> Made:
 
 def _verdicts(run: RunResult) -> dict[str, str]:
     return {name: read_verdict(run.output(name))[0] for name in run.outputs if name.endswith(".verdict")}
+
+
+def identifiers(hospital: Path) -> re.Pattern[bytes]:
+    """Names, identifiers and UIDs of a drawn hospital's originals, long enough not to occur by chance.
+
+    Raises:
+        AssertionError: there are hardly any, so that finding none would prove nothing.
+    """
+    import pydicom
+
+    found: set[str] = set()
+    for path in hospital.rglob("IM*.dcm"):
+        ds = pydicom.dcmread(path, stop_before_pixels=True)
+        found |= {str(ds.PatientID), str(ds.AccessionNumber), ds.SOPInstanceUID, ds.StudyInstanceUID}
+        found |= {part for part in re.split(r"[\^=]", str(ds.PatientName)) if len(part) >= 6}
+    texts = sorted((text.encode() for text in found if len(text) >= 6), key=len, reverse=True)
+    assert len(texts) > 300, f"only {len(texts)} identifiers in {hospital}"
+    return re.compile(b"|".join(map(re.escape, texts)), re.IGNORECASE)
+
+
+def leaks(secrets: re.Pattern[bytes], folder: Path, but: tuple[str, ...] = ()) -> list[str]:
+    """Files in a folder whose name or content holds one of them, but those under the named sub-folders; Parquet is decoded."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        if inside.parts[0] in but or not path.is_file():
+            continue
+        text = _table(path) if path.suffix == ".parquet" else path.read_bytes()
+        if secrets.search(text) or secrets.search(str(path).encode()):
+            found.append(str(inside))
+    return found
+
+
+IDENTIFIED = ("landing", "quarantine", "identity", "hospital")
+"""Where identified data may lie in a demo's project."""
+
+
+def _table(path: Path) -> bytes:
+    import pyarrow.parquet as pq
+
+    return "\n".join(map(str, pq.read_table(path).to_pylist())).encode()
