@@ -16,8 +16,10 @@ import msgspec
 import pytest
 
 from radloop.catalog.store import Catalog
+from radloop.pipeline.records import Record, read_run
 from radloop.serving import predictions
 from radloop.serving.desired import desired
+from radloop.stage.launch import launch
 from radloop.testing.loops import IDENTIFIED, identifiers, leaks
 
 pytestmark = [pytest.mark.slow, pytest.mark.services, pytest.mark.timeout(900)]
@@ -116,6 +118,26 @@ def test_what_is_done_is_not_due_again(demo: Any, radloop: Any, pipeline: str, d
     told = msgspec.json.decode(radloop("engine", "due", pipeline, "--project", str(demo.project)).stdout)
     assert told["due"] is due
     assert why in told["why"]
+
+
+def test_a_dead_mlflow_is_said_in_the_stages_own_words(demo: Any, tmp_path: Path, free_port: int) -> None:
+    """A registry that is away must not look like a broken model, and nothing half-registered may stay."""
+    runs = [read_run(record) for record in sorted((demo.project / "runs").glob("[0-9]*/run.json"))]
+    record = Record.load(demo.project, [run.run_id for run in runs if run.pipeline == "develop"][-1])
+    node = record.pipeline.node("register")
+    anew = msgspec.structs.replace(node, params={"config": {**node.params["config"], "patience": 25}})
+    request = msgspec.structs.replace(record.request(anew), pipeline="", run_id="")
+    settings = demo.project / "radloop.toml"
+    text = settings.read_text()
+    settings.write_text(f'{text}\n[mlflow]\nuri = "http://127.0.0.1:{free_port}"\n')
+    try:
+        result = launch(request, tmp_path, lambda event: None, python=sys.executable)
+    finally:
+        settings.write_text(text)
+    assert (result.status, result.error) == ("failed", "EngineError")
+    assert "MLflow cannot be reached" in result.message
+    assert str(free_port) in result.message
+    assert not list((demo.project / "artifacts").glob(".*"))
 
 
 def test_requests_were_all_answered(demo: Any) -> None:
