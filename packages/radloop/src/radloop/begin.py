@@ -121,7 +121,7 @@ def _prepare_due(home: Path) -> Due:
         return Due(False, f"{len(arrived)} studies are still arriving")
     if not had:
         return Due(False, "nothing has been received")
-    if last is None or (last.status == "running" and not holder(home, "prepare")):  # type: ignore[comparison-overlap]
+    if last is None or (last.status == "running" and not holder(home, "prepare")):
         return Due(True, "images are there and no run has ended")
     since = _began(last)
     if labelled and datetime.fromisoformat(max(labelled)) > since:

@@ -195,7 +195,7 @@ class Demo:
                 status = stopped.result.status
                 self.report()
                 output.fail(stopped.result.message)
-        return self._summary(status, EXIT[status])  # type: ignore[index]
+        return self._summary(status, EXIT[status])
 
     def _open(self, fresh: bool) -> None:
         if self.folder.exists() and not self.state.exists():

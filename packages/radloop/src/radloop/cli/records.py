@@ -43,11 +43,11 @@ def runs(project: Path, limit: int | None = None) -> list[RunResult]:
             break
         try:
             run = read_run(path)
-            if run.status == "running":  # type: ignore[comparison-overlap]
+            if run.status == "running":
                 run = msgspec.structs.replace(run, results=Record.load(project, run.run_id).results)
         except (OSError, msgspec.MsgspecError, DefinitionError):
             continue
-        walked = run.status == "running" and run.engine in _WALKED  # type: ignore[comparison-overlap]
+        walked = run.status == "running" and run.engine in _WALKED
         if walked and f"run {run.run_id}," not in holder(project, run.pipeline):
             run = msgspec.structs.replace(run, status="interrupted")
         found.append(run)

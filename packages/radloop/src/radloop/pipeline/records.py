@@ -15,7 +15,7 @@ import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
@@ -28,13 +28,15 @@ from radloop.stage.lock import holder
 from radloop.stage.protocol import Event, Request, Result, Status, encode
 
 _WORST: tuple[Status, ...] = ("failed", "stopped", "waiting")
+RunStatus: TypeAlias = Literal[Status, "running", "interrupted"]
 
 
 class RunResult(msgspec.Struct, frozen=True, kw_only=True):
     """How a pipeline ended.
 
     Attributes:
-        status: failed, stopped by a gate, waiting for a person, or succeeded.
+        status: failed, stopped by a gate, waiting for a person, or succeeded. Of a record that is read: running, or
+            interrupted, which is a run that ended by no choice of its own.
         results: by stage, `stage[0]`, `stage[1]` ... for a mapped one; a stage that was never reached is absent.
         inputs: artifact directory by pipeline input.
         outputs: committed artifact directory by `stage.output` (`stage[0].output`).
@@ -43,7 +45,7 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True):
 
     run_id: str
     pipeline: str
-    status: Status
+    status: RunStatus
     engine: str = "local"
     results: dict[str, Result] = {}
     inputs: dict[str, str] = {}
@@ -61,12 +63,13 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_run(record: Path) -> RunResult:
-    """Read a `run.json`; its paths made absolute. `status` may also be "running". Raises OSError, msgspec.MsgspecError."""
-    data = msgspec.json.decode(record.read_bytes(), type=dict[str, Any])
-    home, status = record.resolve().parents[2], data.pop("status", "")
-    run = msgspec.convert({**data, "status": "succeeded"}, RunResult)
-    absolute = {part: {k: str(home / v) for k, v in data.get(part, {}).items()} for part in ("inputs", "outputs")}
-    return msgspec.structs.replace(run, status=status, **absolute)
+    """Read a `run.json`; its paths made absolute. Raises OSError, msgspec.MsgspecError."""
+    run, home = msgspec.json.decode(record.read_bytes(), type=RunResult), record.resolve().parents[2]
+    return msgspec.structs.replace(
+        run,
+        inputs={name: str(home / path) for name, path in run.inputs.items()},
+        outputs={name: str(home / path) for name, path in run.outputs.items()},
+    )
 
 
 class Record:
@@ -242,12 +245,12 @@ class Record:
                         return f"{node.name}: {message}"
         return ""
 
-    def _write(self, status: str, message: str) -> RunResult:
+    def _write(self, status: RunStatus, message: str) -> RunResult:
         run = RunResult(
             run_id=self.run_id,
             pipeline=self.pipeline.name,
             engine=self.engine,
-            status=status,  # type: ignore[arg-type]  # "running" is only ever on disk
+            status=status,
             results=self.results,
             inputs=self.inputs,
             outputs={

@@ -15,8 +15,8 @@ from radloop.artifact import Description
 SPEC_VERSION = 1
 
 Status = Literal["succeeded", "stopped", "waiting", "failed"]
-EXIT: dict[Status, int] = {"succeeded": 0, "failed": 1, "stopped": 3, "waiting": 4}
-STATUS: dict[int, Status] = {code: status for status, code in EXIT.items()}
+STATUS: dict[int, Status] = {0: "succeeded", 1: "failed", 3: "stopped", 4: "waiting"}
+EXIT: dict[str, int] = {status: code for code, status in STATUS.items()}
 
 
 class Approval(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
