@@ -260,6 +260,8 @@ def test_dags_alone_bring_a_model_from_modality_to_promotion(
         for one in airflow.asked():
             if one["task_instance"]["dag_id"] in ("evaluate", "release"):
                 answered.append(one["task_instance"]["task_id"])
+                card = "# Model card: opacity" in one["body"]  # who releases must see what: figures, subgroups, gates
+                assert card == (answered[-1] == "canary"), one["body"]
                 airflow.answer(one, "Approve", "read the card")
         return any(state == "success" for _, state in airflow.runs("release"))
 

@@ -11,7 +11,7 @@ from airflow.sdk import Param
 from airflow.sdk.exceptions import AirflowFailException, TaskAwaitingInput
 from airflow.sdk.execution_time.hitl import HITLUser, upsert_hitl_detail
 
-from radloop.artifact import Description, open_artifact
+from radloop.artifact import Artifact, open_artifact
 from radloop.pipeline.records import Record
 from radloop.stage.execute import read_verdict
 from radloop.stage.protocol import Result
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from radloop_airflow.operators import RadloopStageOperator
 
 APPROVE, REJECT = "Approve", "Reject"
+_LONGEST = 20_000  # characters of a card
 _CLINICAL = "clinical"  # the role that a gate's "wait" asks for (radloop.stage.execute)
 
 
@@ -61,30 +62,31 @@ def record_answer(operator: RadloopStageOperator, record: Record, event: dict[st
     why = str((event.get("params_input") or {}).get("why") or "").strip()
     if event["chosen_options"] != [APPROVE]:
         raise AirflowFailException(f"rejected by {by}" + (f": {why}" if why else ""))
-    for description, role in waits_for(operator, record):
+    for subject, role in waits_for(operator, record):
         why = why or f"approved in Airflow ({operator.dag_id}, run {record.run_id})"
-        told = operator.asked.ask(
-            "approve", description.digest, "--why", why, "--role", role, "--by", str(by), "--json"
-        )
-        operator.log.info("%s %s approved by %s as %s", told["kind"], description.digest[:12], by, role)
+        told = operator.asked.ask("approve", subject.digest, "--why", why, "--role", role, "--by", str(by), "--json")
+        operator.log.info("%s %s approved by %s as %s", told["kind"], subject.digest[:12], by, role)
 
 
-def waits_for(operator: RadloopStageOperator, record: Record) -> list[tuple[Description, str]]:
+def waits_for(operator: RadloopStageOperator, record: Record) -> list[tuple[Artifact[Any], str]]:
     """All that a person must approve before the stage runs, with the role: gates that say wait, and an input."""
     request = record.request(record.pipeline.node(operator.node), operator.index)
     gates = [open_artifact(record.home / path) for path in request.gates]
-    found = [(gate.description, _CLINICAL) for gate in gates if read_verdict(gate)[0] == "wait"]
+    found = [(gate, _CLINICAL) for gate in gates if read_verdict(gate)[0] == "wait"]
     if request.approval is not None:
         subject = open_artifact(record.home / str(request.inputs[request.approval.of]))
-        found.append((subject.description, request.approval.role))
+        found.append((subject, request.approval.role))
     return found
 
 
-def _question(record: Record, result: Result, subjects: list[tuple[Description, str]]) -> str:
-    """Markdown: what is asked, of which digests, and where to look."""
+def _question(record: Record, result: Result, subjects: list[tuple[Artifact[Any], str]]) -> str:
+    """Markdown: what is asked, of which digests, where to look, and what they say of themselves (a package: its model card)."""
     lines = [result.message.split("\n  next:")[0], "", "What is approved, by its exact digest:", ""]
-    for description, role in subjects:
-        counts = "".join(f", {value} {name}" for name, value in description.counts.items())
-        lines.append(f"- {description.kind} `{description.digest[:12]}`{counts} (role: {role})")
+    for subject, role in subjects:
+        counts = "".join(f", {value} {name}" for name, value in subject.counts.items())
+        lines.append(f"- {subject.description.kind} `{subject.digest[:12]}`{counts} (role: {role})")
     lines += ["", f"Run `{record.run_id}`. `radloop status` and `reports/report.html` in the project say more."]
+    for subject, _ in subjects:
+        cards = [name for name in subject.description.members if name.endswith(".md")]
+        lines += ["", *(subject.file(name).read_text(encoding="utf-8")[:_LONGEST] for name in cards)]
     return "\n".join(lines)
