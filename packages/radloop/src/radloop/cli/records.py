@@ -27,7 +27,7 @@ class Waiting(msgspec.Struct, frozen=True, kw_only=True):
 
 
 # Engines whose one process walks the whole run: without it, the run has ended.
-_WALKED = ("local", "subprocess", "kubernetes")
+_WALKED = ("local", "subprocess", "kubernetes", "mlflow-project")
 
 
 def runs(project: Path, limit: int | None = None) -> list[RunResult]:
