@@ -1,0 +1,252 @@
+"""De-identification of one instance, by the attribute and through every nested sequence (DICOM PS3.15 Annex E).
+
+An instance is rebuilt, not edited: what no rule of `radloop.dicom.profile` keeps is not in the output. Elements that
+are kept byte for byte stay in pydicom's raw form, so pixel data is neither decoded nor copied twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import threading
+from collections import Counter
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pydicom
+from pydicom._dicom_dict import DicomDictionary
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.errors import InvalidDicomError
+from pydicom.filewriter import dcmwrite
+from pydicom.sequence import Sequence
+from pydicom.uid import UID
+
+from radloop.catalog.reason import Reason
+from radloop.dicom import phi
+from radloop.dicom.deidentify.check import TRANSFER_SYNTAXES, check
+from radloop.dicom.deidentify.items import DUMMY_TEXT, MAX_DEPTH, Items
+from radloop.dicom.deidentify.values import age_of, refuse, text_of, texts_of
+from radloop.dicom.profile import Action, Profile, named, table, tables_digest
+from radloop.dicom.tags import describe
+from radloop.dicom.uids import Pseudonymiser
+from radloop.errors import PhiError
+
+__all__ = ["DUMMY_TEXT", "TRANSFER_SYNTAXES", "CleanedFile", "Deidentifier", "read"]
+
+IMPLEMENTATION_CLASS_UID = "2.25.137040963726250685507015692927111798080"
+IMPLEMENTATION_VERSION_NAME = "RADLOOP_1"
+
+
+class CleanedFile(msgspec.Struct, frozen=True):
+    """What `Deidentifier.clean_file` wrote; every identifier is a pseudonym."""
+
+    sop_uid: str
+    study_uid: str
+    series_uid: str
+    patient: str
+    sop_class_uid: str
+    transfer_syntax_uid: str
+    file_sha256: str
+    file_bytes: int
+    tags: dict[str, Any]
+    """`radloop.dicom.tags.describe` of the output."""
+
+
+class Deidentifier:
+    """Cleans instances under one project key and one profile. Safe to share between threads.
+
+    Args:
+        pseudonymiser: the project's.
+        profile: `research` (dates shifted, sex and age kept) or `basic` (neither).
+
+    Raises:
+        SettingsError: no such profile.
+    """
+
+    def __init__(self, pseudonymiser: Pseudonymiser, *, profile: str = "research") -> None:
+        self.pseudonymiser = pseudonymiser
+        self.profile: Profile = named(profile)
+        self.digest: str = _digest(self.profile.name)
+        self.kept_keywords: frozenset[str] = frozenset(
+            row.keyword for tag, row in table().items() if self._retains(tag, DicomDictionary.get(tag, ("",))[0])
+        )
+
+    def _retains(self, tag: int, vr: str) -> bool:
+        action = self.profile.action(tag, vr, "") if self.profile.option(tag) else Action.REMOVE
+        return action in (Action.SHIFT, Action.KEEP, Action.KEEP_STRING, Action.AGE)
+
+    def clean(self, ds: Dataset, *, site: str) -> Dataset:
+        """A de-identified copy, with file meta information written anew and the preamble zeroed.
+
+        The input is not changed. Pixel data is passed on as it is. The PHI gate is not run: `clean_file` runs it.
+
+        Args:
+            ds: as read from a file or built with a `file_meta` that names the transfer syntax.
+            site: the configured site code; stands for the issuer where IssuerOfPatientID (0010,0021) is absent. It
+                enters the pseudonym and nothing else.
+
+        Raises:
+            DicomError: the instance cannot be made safe; `reason` is one of UNKNOWN_TRANSFER_SYNTAX, MISSING_UID,
+                NO_PATIENT_ID, UNSUPPORTED_OBJECT, BURNED_IN_DECLARED, NOT_DICOM.
+        """
+        return self._clean(ds, site, None)
+
+    def _clean(self, ds: Dataset, site: str, tally: Counter[tuple[str, str]] | None) -> Dataset:
+        syntax, iod = check(ds, self.pseudonymiser.key_id)
+        patient = self.pseudonymiser.patient(text_of(ds, "PatientID"), text_of(ds, "IssuerOfPatientID") or site)
+        shift = self.pseudonymiser.day_shift(patient)
+        items = Items(self.profile, self.pseudonymiser, iod=iod, shift_days=shift, syntax=UID(syntax), tally=tally)
+        try:
+            out = items.clean(ds, "")
+        except RecursionError:
+            refuse(Reason.UNSUPPORTED_OBJECT, "sequences are nested too deep", f"at most {MAX_DEPTH} levels")
+        self._stamp(out, ds, patient)
+        out.preamble = b"\0" * 128
+        out.file_meta = _file_meta(out, syntax)
+        return out
+
+    def clean_file(
+        self, source: Path, target: Path, *, site: str, tally: Counter[tuple[str, str]] | None = None
+    ) -> CleanedFile:
+        """Clean one file, pass it through the PHI gate and make it visible at `target` by one rename.
+
+        Nothing is written before the gate has read the very bytes to be written. No fsync: the landing zone still
+        holds the source, and a run that is killed is run again with the same result, byte for byte.
+
+        Args:
+            source: an identified DICOM file; target: a path without identifying parts (its name is checked);
+            site: as in `clean`;
+            tally: counts what was done by (keyword path without item numbers, `Action` name), if given.
+
+        Raises:
+            DicomError: as `clean`, and NOT_DICOM or TRUNCATED if the file cannot be read.
+            PhiError: PHI_FOUND, the gate found identifying text; the message names tag paths.
+            OSError: the disk is full or the file cannot be read.
+        """
+        original = read(source.read_bytes())
+        # Two rooms join here: text in the pixels is decided and cleaned before the header is (burned_in); where the
+        # pixels stay as they are, the header's bytes can be rewritten without a Dataset (fast.try_clean).
+        out = self._clean(original, site, tally)
+        data = _written(out)
+        self._gate(original, data, target.name)
+        _put(data, target)
+        tags = describe(out)
+        return CleanedFile(
+            sop_uid=str(out.SOPInstanceUID),
+            study_uid=str(out.StudyInstanceUID),
+            series_uid=str(out.SeriesInstanceUID),
+            patient=str(out.PatientID),
+            sop_class_uid=str(out.SOPClassUID),
+            transfer_syntax_uid=str(out.file_meta.TransferSyntaxUID),
+            file_sha256=hashlib.sha256(data).hexdigest(),
+            file_bytes=len(data),
+            tags=tags,
+        )
+
+    def _gate(self, original: Dataset, data: bytes, name: str) -> None:
+        reread = read(data)
+        if not _same_pixels(original, reread):
+            refuse(Reason.UNSUPPORTED_OBJECT, "pixel data did not survive being written", "the same bytes")
+        leaks = phi.find_leaks(original, reread, file_name=name, kept_keywords=self.kept_keywords)
+        if leaks:
+            more = f" and {len(leaks) - 8} more" if len(leaks) > 8 else ""
+            raise PhiError(
+                f"identifying text is left after de-identification in {', '.join(leaks[:8])}{more}",
+                reason=Reason.PHI_FOUND,
+                next_step="see `radloop quarantine show`; correct the attribute in the source or purge the instance",
+            )
+
+    def _stamp(self, out: Dataset, original: Dataset, patient: str) -> None:
+        """Who this is now, and what was done (PS3.15 E.1.1, PS3.3 C.12.1.1.3 and C.7.1.1)."""
+        out.PatientName = out.PatientID = patient
+        out.PatientBirthDate = ""
+        if self.profile.keeps_patient and not out.get("PatientAge"):
+            age = age_of(text_of(original, "PatientBirthDate"), text_of(original, "StudyDate"))
+            if age:
+                out.PatientAge = age
+        out.PatientIdentityRemoved = "YES"
+        out.DeidentificationMethod = [f"radloop {self.profile.name}", f"key {self.pseudonymiser.key_id}"]
+        codes = list(out.get("DeidentificationMethodCodeSequence") or [])
+        out.DeidentificationMethodCodeSequence = Sequence(codes + [_code(*code) for code in self.profile.codes])
+        out.LongitudinalTemporalInformationModified = self.profile.temporal
+        if any(not text.isascii() for text in texts_of(out)):
+            out.SpecificCharacterSet = "ISO_IR 192"
+
+
+def read(data: bytes) -> Dataset:
+    """A Dataset from the bytes of a DICOM file (PS3.10).
+
+    Raises:
+        DicomError: NOT_DICOM or TRUNCATED.
+    """
+    try:
+        return pydicom.dcmread(io.BytesIO(data))
+    except InvalidDicomError:
+        refuse(Reason.NOT_DICOM, "the file is no DICOM file", "a preamble and DICM (PS3.10 section 7.1)")
+    except EOFError:
+        refuse(Reason.TRUNCATED, "the file ends inside an element", "a whole file")
+    except Exception as error:  # noqa: BLE001 - pydicom raises many kinds on garbage; their texts may quote it
+        refuse(Reason.NOT_DICOM, f"the file cannot be parsed ({type(error).__name__})", "DICOM elements")
+
+
+def _same_pixels(original: Dataset, reread: Dataset) -> bool:
+    """Whether the pixel data element has the same bytes; one that was of odd length may have got its padding byte."""
+    before, after = original.get_item("PixelData"), reread.get_item("PixelData")
+    if before is None or after is None:
+        return before is after
+    padding = b"\0" if len(before.value) % 2 else b""
+    return bool(after.value in (before.value, before.value + padding))
+
+
+def _code(value: str, meaning: str) -> Dataset:
+    item = Dataset()
+    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, "DCM", meaning
+    return item
+
+
+def _file_meta(out: Dataset, syntax: str) -> FileMetaDataset:
+    meta = FileMetaDataset()
+    meta.FileMetaInformationVersion = b"\0\1"
+    meta.MediaStorageSOPClassUID = out.SOPClassUID
+    meta.MediaStorageSOPInstanceUID = out.SOPInstanceUID
+    meta.TransferSyntaxUID = UID(syntax)
+    meta.ImplementationClassUID = UID(IMPLEMENTATION_CLASS_UID)
+    meta.ImplementationVersionName = IMPLEMENTATION_VERSION_NAME
+    return meta
+
+
+def _written(out: Dataset) -> bytes:
+    buffer = io.BytesIO()
+    try:
+        dcmwrite(buffer, out, enforce_file_format=True)
+    except Exception as error:  # noqa: BLE001 - whatever it is, its message may quote a value
+        kind = type(error).__name__
+        refuse(Reason.UNSUPPORTED_OBJECT, f"the cleaned instance cannot be written ({kind})", "a conformant data set")
+    return buffer.getvalue()
+
+
+def _put(data: bytes, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.part")
+    try:
+        part.write_bytes(data)
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _digest(profile: str) -> str:
+    """Changes when the profile, its tables or the code that applies them change."""
+    digest = hashlib.sha256(f"{profile} {tables_digest()}".encode())
+    room = resources.files(__package__)
+    for folder in (room, room.joinpath("../burned_in")):
+        if folder.is_dir():
+            for file in sorted(folder.iterdir(), key=lambda file: file.name):
+                if file.name.endswith((".py", ".csv", ".toml")):
+                    digest.update(file.read_bytes())
+    for name in ("profile.py", "uids.py"):
+        digest.update(room.joinpath(f"../{name}").read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,175 @@
+"""The slow, safe path: a data set rebuilt element by element through pydicom."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from collections.abc import Callable
+from datetime import date, timedelta
+from typing import Any
+
+from pydicom.datadict import keyword_for_tag
+from pydicom.dataelem import DataElement, RawDataElement
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence
+from pydicom.uid import UID
+
+from radloop.dicom.deidentify.values import capped, plain, text_of, values_of, vr_of, with_values
+from radloop.dicom.profile import PUBLIC_SCHEMES, Action, Profile
+from radloop.dicom.uids import Pseudonymiser
+from radloop.errors import DicomError
+
+_CODED = re.compile(r"[A-Za-z0-9 _.,+/&()*#:;<>=%'-]{0,64}")
+_STRINGS = {
+    "CS": re.compile(r"[A-Za-z0-9 _.+/&()*-]{0,16}"),
+    "DS": re.compile(r" *[+-]?[0-9.]*([eE][+-]?[0-9]+)? *"),
+    "IS": re.compile(r" *[+-]?[0-9]{0,12} *"),
+    "TM": re.compile(r"[0-9.: ]{0,16}"),
+    "UI": re.compile(r"[0-9.]{0,64} ?"),
+    "SH": re.compile(r"([+-][0-9]{4} *)?"),  # TimezoneOffsetFromUTC, the one SH that is kept as a string
+}
+_DATE = re.compile(r"(\d{4})[.-]?(\d{2})?[.-]?(\d{2})?")
+_DATETIME = re.compile(r"(\d{4})(\d{2})?(\d{2})?(\d{0,6}(\.\d{1,6})?([+-]\d{4})?)")
+_DUMMIES: dict[str, str | bytes | int | float] = {
+    "DA": "19000101",
+    "DT": "19000101000000",
+    "TM": "000000",
+    "AS": "000Y",
+    "UR": "removed:",
+    "IS": "0",
+    "DS": "0",
+    "OB": b"\0\0",
+    "OW": b"\0\0",
+    "UN": b"\0\0",
+    "US": 0,
+}
+DUMMY_TEXT = "REMOVED"
+_LOCAL_CODE = {"CodeValue": DUMMY_TEXT, "CodingSchemeDesignator": "99RADLOOP", "CodeMeaning": DUMMY_TEXT}
+_CODE_KEYWORDS = ("CodeValue", "LongCodeValue", "URNCodeValue", "CodeMeaning", "CodingSchemeDesignator")
+MAX_DEPTH = 64
+
+
+class Items:
+    """Cleans one instance's items, outermost first. Holds what is the same for all of them.
+
+    Args:
+        shift_days: by how many days the patient's dates move; syntax: the transfer syntax of source and output.
+        tally: counts what was done by (keyword path without item numbers, `Action` name), if given.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        pseudonymiser: Pseudonymiser,
+        *,
+        iod: str,
+        shift_days: int,
+        syntax: UID,
+        tally: Counter[tuple[str, str]] | None = None,
+    ) -> None:
+        self.profile, self.pseudonymiser, self.iod, self.tally = profile, pseudonymiser, iod, tally
+        self.shift, self.syntax = timedelta(days=shift_days), syntax
+        self.path: list[str] = []
+        self.handlers: dict[Action, Callable[[DataElement, str], DataElement | None]] = {
+            Action.EMPTY: lambda e, vr: DataElement(e.tag, vr, Sequence() if vr == "SQ" else None),
+            Action.DUMMY: lambda e, vr: DataElement(e.tag, vr, _DUMMIES.get(vr, DUMMY_TEXT)),
+            Action.KEEP_TEXT: lambda e, vr: with_values(e, vr, plain(values_of(e))),
+            Action.MAP_UID: lambda e, vr: with_values(e, vr, [v and self.pseudonymiser.uid(v) for v in values_of(e)]),
+            Action.SHIFT: lambda e, vr: with_values(e, vr, [self._shifted(v, vr) for v in values_of(e)]),
+            Action.AGE: lambda e, vr: with_values(e, vr, [a for v in values_of(e) if (a := capped(v))]),
+            Action.RECURSE: self._recurse,
+        }
+
+    def clean(self, source: Dataset, parent: str) -> Dataset:
+        """A cleaned copy of a data set or sequence item; `parent` is the keyword of the enclosing sequence."""
+        out = Dataset()
+        # Raw elements may be written as they are only if they were read in this transfer syntax.
+        encoding = (self.syntax.is_implicit_VR, self.syntax.is_little_endian)
+        native = source.original_encoding == encoding
+        if native:
+            out.set_original_encoding(*encoding, out._character_set)
+        public = is_public_code(source)
+        for tag in list(source.keys()):
+            action = self._action(source, tag, parent, public)
+            new = None if action is Action.REMOVE else self._element(source, tag, action, native)
+            self._count(tag, Action.REMOVE if new is None else action)
+            if new is not None:
+                out[tag] = new
+        if public is False:
+            for keyword, value in _LOCAL_CODE.items():
+                setattr(out, keyword, value)
+        return out
+
+    def _action(self, source: Dataset, tag: Any, parent: str, public: bool | None) -> Action:
+        element = source.get_item(tag, keep_deferred=True)
+        action = self.profile.action(int(tag), vr_of(element), self.iod, parent)
+        if action is Action.CODE:
+            return Action.KEEP_TEXT if public else Action.REMOVE
+        return action
+
+    def _count(self, tag: Any, action: Action) -> None:
+        if self.tally is not None:
+            place = ".".join([*self.path, keyword_for_tag(tag) or str(tag)])
+            self.tally[place, action.name] += 1
+
+    def _element(self, source: Dataset, tag: Any, action: Action, native: bool) -> DataElement | RawDataElement | None:
+        element = source.get_item(tag, keep_deferred=True)
+        try:
+            if element.VR == "UN" or element.value is None or (element.is_raw and not native):
+                element = source[tag]  # now of the VR that the dictionary says
+                if element.VR == "UN":
+                    return None
+            if action is Action.KEEP:
+                return element if isinstance(element, RawDataElement) else copy.copy(element)
+            if action is Action.KEEP_STRING:
+                return kept_string(element)
+            return self.handlers[action](source[tag], source[tag].VR)
+        except (DicomError, RecursionError):
+            raise
+        except Exception:  # noqa: BLE001 - bytes that are not what the VR says: unreadable, so not kept
+            return None
+
+    def _recurse(self, element: DataElement, vr: str) -> DataElement:
+        if len(self.path) >= MAX_DEPTH:
+            raise RecursionError
+        keyword = keyword_for_tag(element.tag)
+        self.path.append(keyword)
+        items = [self.clean(item, keyword) for item in element.value]
+        self.path.pop()
+        return DataElement(element.tag, "SQ", Sequence(items))
+
+    def _shifted(self, text: str, vr: str) -> str:
+        """A DA or DT moved by whole days, at the precision it had; empty if it is no date."""
+        match = (_DATE if vr == "DA" else _DATETIME).fullmatch(text.strip())
+        if match is None:
+            return ""
+        try:
+            day = date(int(match[1]), int(match[2] or 1), int(match[3] or 1)) + self.shift
+        except (ValueError, OverflowError):
+            return ""
+        digits = f"{day:%Y%m%d}" if day.year > 999 else ""
+        precision = 8 if match[3] else 6 if match[2] else 4
+        time_of_day = match[4] if vr == "DT" and match[3] and digits else ""
+        return digits[:precision] + time_of_day
+
+
+def kept_string(element: DataElement | RawDataElement) -> DataElement | RawDataElement | None:
+    """The element if each value is what its VR allows: a name in a code string or a number goes."""
+    pattern = _STRINGS[vr_of(element)]
+    if isinstance(element, RawDataElement):
+        values = (element.value or b"").decode("ascii", "replace").rstrip(" \0").split("\\")
+    else:
+        values = values_of(element)
+    if not all(pattern.fullmatch(value.strip(" \0")) for value in values):
+        return None
+    return element if isinstance(element, RawDataElement) else copy.copy(element)
+
+
+def is_public_code(item: Dataset) -> bool | None:
+    """Whether a coded entry (PS3.3 section 8.8) is of a public scheme; None if the item is no coded entry."""
+    if not any(keyword in item for keyword in _CODE_KEYWORDS):
+        return None
+    value = text_of(item, "CodeValue") or text_of(item, "LongCodeValue")
+    scheme, version = text_of(item, "CodingSchemeDesignator"), text_of(item, "CodingSchemeVersion")
+    return scheme in PUBLIC_SCHEMES and all(_CODED.fullmatch(part) for part in (value, version)) and bool(value)
