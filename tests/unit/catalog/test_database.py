@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import DatabaseError
 
 from radloop.catalog import migrations, schema
 from radloop.catalog.database import SCHEMA_VERSIONS, Database, StorageFull, storage_errors
@@ -32,6 +33,35 @@ def test_migrations_lead_to_the_schema_that_the_code_uses(home: Path) -> None:
     script = ScriptDirectory.from_config(migrations.config())
     assert script.get_heads() == [SCHEMA_VERSIONS[-1]]
     assert tuple(reversed([r.revision for r in script.walk_revisions()])) == SCHEMA_VERSIONS
+
+
+def test_a_catalog_of_the_first_version_is_upgraded(home: Path) -> None:
+    """If this failed, an upgrade of radloop would lose a project, let its images wait anew, or leave its ledger unsealed."""
+    from alembic import command
+    from sqlalchemy import create_engine
+
+    engine = create_engine(_url(home))
+    with engine.begin() as connection:
+        command.upgrade(migrations.config(connection), "0001")
+        columns = "sop_uid, revision, study_uid, series_uid, patient, key_id, site, sender, sop_class_uid"
+        more = "transfer_syntax_uid, source_sha256, source_bytes, received_at, status, tags"
+        for sop, status in (("I1", "archived"), ("I2", "received")):
+            values = (
+                f"'{sop}', 1, 'S-{sop}', 'R', 'P', 'k', 'A', 'CT1', 'c', 't', '{sop}', 1, '2020-01-01T00:00:00+00:00'"
+            )
+            connection.execute(text(f"INSERT INTO instances ({columns}, {more}) VALUES ({values}, '{status}', '{{}}')"))
+        for number in (1, 2):
+            fields = f"{number}, '2020-01-01', 'audit', 's{number}', 'ada', '{{\"a\": 0.1}}'"
+            connection.execute(text(f"INSERT INTO ledger (seq, at, kind, subject, actor, payload) VALUES ({fields})"))
+    engine.dispose()
+    with Catalog(_url(home)) as catalog:
+        assert [study.study_uid for study in catalog.unreleased()] == ["S-I2"]
+        assert catalog.ledger.verify().rows == 2
+        assert catalog.ledger.append("audit", "s3", {}, actor="ada")
+        found = catalog.ledger.verify()
+        assert (found.rows, found.broken) == (3, None)
+        with pytest.raises(DatabaseError, match="append-only"), catalog._write() as connection:
+            connection.execute(text("UPDATE ledger SET actor = 'nobody'"))
 
 
 def test_a_newer_schema_is_refused_with_both_versions(home: Path) -> None:

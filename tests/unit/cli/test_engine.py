@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from radloop.cli.intake import landing_at
 from radloop.engines import local
 from radloop.pipeline import Builder, Pipeline
 from radloop.pipeline.records import Record
@@ -172,8 +173,13 @@ def test_prepare_is_due_when_studies_are_complete(inside: Run, project: Path, di
         return told
 
     assert due() == {"due": False, "why": "nothing has been received"}
+    with landing_at(project) as landing:
+        for path in sorted(dicom_folder.rglob("*.dcm"))[:2]:
+            landing.receive(path, site="site-a", sender="CT1")
+    assert due() == {"due": False, "why": "2 studies are still arriving"}
+    # A folder is complete once it is read; what a modality is still sending is not.
     assert inside("ingest", str(dicom_folder), "--site", "site-a").code == 0
-    assert due() == {"due": False, "why": "3 studies are still arriving"}
+    assert due() == {"due": True, "why": "1 complete studies have arrived"}
     configure(project, "[ingest]\nquiet_s = 0.0\n")
     assert due() == {"due": True, "why": "3 complete studies have arrived"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from radloop.cli.intake import landing_at
 from radloop.stages.project import open_catalog
 from radloop.testing.modality import send
 
@@ -147,3 +149,36 @@ def test_import_images_with_a_wrong_column(inside: Callable[..., Ran], tmp_path:
     assert ran.code == 1
     assert "patient_id" in ran.err
     assert "who" in ran.err
+
+
+def test_a_run_while_a_study_is_arriving_says_when_it_will_be_complete(
+    inside: Callable[..., Ran], project: Path, tmp_path: Path
+) -> None:
+    """Who sends images and runs `prepare` at once must not read that nothing was received, nor train on half a study."""
+    with landing_at(project) as landing:
+        landing.receive(write_dicom(tmp_path / "1.dcm"), site="site-a", sender="CT1")
+    environment = f'[environments]\ntfdv = "{sys.executable}"\n'
+    configure(project, environment)
+    ran = inside("run", "prepare")
+    assert ran.code == 4
+    assert "1 studies (1 images) are still arriving" in ran.out
+    assert "nothing of it has come for 60 s ([ingest] quiet_s), the last of these in" in ran.out
+    told = inside("status", "--json").json
+    assert told["studies"] == {"arriving": 1, "seconds_left": pytest.approx(55, abs=10), "revised": 0}
+    assert "1 study is still arriving" in inside("status").out
+    configure(project, '[ingest]\nquiet_s = 0\n[accept]\nmodalities = ["MR"]\n' + environment)
+    ran = inside("run", "prepare")
+    assert ran.code == 1, "a study that is complete is taken, here only to be refused"
+    assert "no image passed the quality checks" in ran.out
+
+
+def test_a_late_instance_is_seen_in_status(inside: Callable[..., Ran], project: Path, tmp_path: Path) -> None:
+    """An image that comes after the run must show as a new revision of its study, not vanish."""
+    for number in (1, 2):
+        with landing_at(project) as landing:
+            landing.receive(write_dicom(tmp_path / f"{number}.dcm", instance=number), site="site-a", sender="CT1")
+        with open_catalog(project) as catalog:
+            [study] = catalog.unreleased()
+            catalog.release([study.study_uid], actor="ingest")
+    assert inside("status", "--json").json["studies"] == {"arriving": 0, "seconds_left": 0, "revised": 1}
+    assert "1 study has a new revision: late instances, or corrected ones" in inside("status").out

@@ -26,7 +26,7 @@ from radloop.stage.execute import read_verdict
 from radloop.stage.launch import end_all
 from radloop.stage.protocol import Event, Result
 from radloop.stage.store import sweep
-from radloop_airflow.approval import ask_person, record_answer
+from radloop_airflow.approval import ask_person, record_answer, waits_for
 from radloop_airflow.assets import asset
 from radloop_airflow.core import Core
 
@@ -201,7 +201,7 @@ class RadloopStageOperator(_Operator):
         with refused():
             record = self.opened(context)
             result = self._run(record, record.pipeline.node(self.node), context)
-            if result.status == "waiting" and self.ask:
+            if result.status == "waiting" and self.ask and waits_for(self, record):
                 ask_person(self, context, record, result)
             return self._concluded(record, result)
 

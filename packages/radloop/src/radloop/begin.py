@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,14 +109,16 @@ def due(home: Path, name: str) -> Due:
 
 def _prepare_due(home: Path) -> Due:
     """Complete studies that await de-identification, or labels or a reviewed schema that came since the last run."""
+    from radloop.catalog.studies import complete
+
     last = _last(home, ("prepare",))
     with open_catalog(home) as catalog:
-        arrived, had = catalog.arrived(), bool(catalog.counts())
+        arrived, had = catalog.unreleased(), bool(catalog.counts())
+        ready = {row.study_uid for row in catalog.ready()}
         labelled = [row.at for row in catalog.ledger.rows(kind="labels")]
-    quiet = datetime.now(UTC) - timedelta(seconds=settings_of(home).ingest.quiet_s)
-    complete = [study for study, at in arrived.items() if datetime.fromisoformat(at) <= quiet]
-    if complete:
-        return Due(True, f"{len(complete)} complete studies have arrived")
+    ready |= {study.study_uid for study in complete(arrived, settings_of(home).ingest.quiet_s)}
+    if ready:
+        return Due(True, f"{len(ready)} complete studies have arrived")
     if arrived:
         return Due(False, f"{len(arrived)} studies are still arriving")
     if not had:

@@ -5,8 +5,12 @@ RadloopError
 │   └── SettingsError      radloop.toml, a secret, or an environment that is not as it must be
 ├── ArtifactError          an artifact that is missing, half-written, of another kind, or changed since
 ├── DicomError             bytes that are no usable DICOM; carries `reason`, a quarantine reason
-│   └── PhiError           identifying text was found where none may be
+│   ├── PhiError           identifying text was found where none may be
+│   └── VolumeError        frames that are no volume; carries `refusal`
+├── PacsError              a PACS refused, or answered what cannot be used
+│   └── PacsUnavailable    a PACS cannot be reached, broke off, or is busy: again may help
 ├── DataError              labels, manifests and datasets that contradict themselves
+├── NotYet                 nothing to do yet: what a stage waits for comes by itself
 ├── GateError              a gate refused; names gate, figure and bound
 └── EngineError            the machinery that runs stages failed
     ├── UnsupportedByEngine  the engine cannot do what the pipeline asks
@@ -72,8 +76,32 @@ class PhiError(DicomError):
     """Identifying text was found where none may be. Names tag paths, never values."""
 
 
+class VolumeError(DicomError):
+    """Frames that make no volume. `refusal` is a value of `radloop.imaging.volume.Refusal`; no attribute value is told."""
+
+    def __init__(self, what: str, *, refusal: str, **details: object) -> None:
+        self.refusal = refusal
+        super().__init__(what, reason="BAD_GEOMETRY", **details)
+
+
+class PacsError(RadloopError):
+    """A PACS refused, or answered what cannot be used; the same again would not help. Holds no value of a query."""
+
+
+class PacsUnavailable(PacsError):
+    """A PACS cannot be reached, broke off, or is busy. `retry_after_s`: how long it asked us to wait, if it did."""
+
+    def __init__(self, what: str, *, retry_after_s: float | None = None, **details: object) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(what, **details)  # type: ignore[arg-type]
+
+
 class DataError(RadloopError):
     """Labels, manifests or datasets contradict themselves."""
+
+
+class NotYet(RadloopError):
+    """Nothing to do yet: what is waited for comes by itself. A stage that raises it ends as `waiting`, not as `failed`."""
 
 
 class GateError(RadloopError):

@@ -1,4 +1,4 @@
-"""Patients' parts, dataset versions, models, label requests: from a model back to its instances, and forth."""
+"""Dataset versions, models, label requests: from a model back to its instances, and forth."""
 
 from __future__ import annotations
 
@@ -13,44 +13,15 @@ from radloop.catalog.database import Database, as_struct
 from radloop.catalog.schema import Affected, Dataset, LabelRequest, Member, Model, Trace
 from radloop.errors import DataError
 
+CROSSING = "linked_patients_cross"
+"""Flag of a dataset version in which one person stands in several parts."""
+
 T = TypeVar("T")
 _CHUNK = 500
 
 
 class Lineage(Database):
-    """What `Catalog` knows of patients, datasets, models and label requests."""
-
-    def assign_parts(self, parts: Mapping[str, str], *, key_id: str) -> dict[str, str]:
-        """Give each patient (a pseudonym) a part, for ever: the part of one who has one already does not change.
-
-        Returns:
-            patient -> the part that holds, which may be another than the one asked for.
-        """
-        table = schema.patients
-        held: dict[str, str] = {}
-        with self._write() as connection:
-            wanted = sorted(parts)
-            for start in range(0, len(wanted), _CHUNK):
-                some = table.c.patient.in_(wanted[start : start + _CHUNK])
-                held |= {row.patient: row.part for row in connection.execute(select(table).where(some))}
-            new = [
-                {"patient": patient, "key_id": key_id, "part": parts[patient], "decided_at": schema.now()}
-                for patient in wanted
-                if patient not in held
-            ]
-            if new:
-                connection.execute(insert(table), new)
-        return {patient: held.get(patient, parts[patient]) for patient in wanted}
-
-    def assign_part(self, patient: str, part: str, *, key_id: str) -> str:
-        """As `assign_parts`, for one patient."""
-        return self.assign_parts({patient: part}, key_id=key_id)[patient]
-
-    def parts(self) -> dict[str, str]:
-        """Patient -> part, of all who have one."""
-        table = schema.patients
-        with self._read() as connection:
-            return dict(sorted((row.patient, row.part) for row in connection.execute(select(table))))
+    """What `Catalog` knows of datasets, models and label requests."""
 
     def add_dataset(
         self,
@@ -78,6 +49,7 @@ class Lineage(Database):
             if rows:
                 connection.execute(insert(schema.dataset_members), rows)
             _flag_moved_meanwhile(connection, digest)
+            _flag_linked_meanwhile(connection, digest)
             payload = {"number": number, "parent": parent, "counts": dict(counts or {}), "members": len(rows)}
             ledger.append(connection, ledger.Kind.DATASET, digest, payload, actor=actor, key=f"dataset:{digest}")
             return int(number)
@@ -229,6 +201,17 @@ def flag_affected(connection: Connection, flag: str, sop_uid: str) -> None:
         _flag(connection, schema.models, digest, flag, {sop_uid})
 
 
+def flag_dataset(connection: Connection, digest: str, flag: str, sop_uids: Iterable[str]) -> list[str]:
+    """Flag one dataset version and every model trained on it; the models' digests."""
+    _flag(connection, schema.datasets, digest, flag, set(sop_uids))
+    model = schema.models
+    query = select(model.c.digest).where(model.c.dataset_digest == digest).order_by(model.c.digest)
+    models = list(connection.execute(query).scalars())
+    for trained in models:
+        _flag(connection, model, trained, flag, set(sop_uids))
+    return models
+
+
 def _flag(connection: Connection, table: Any, digest: str, flag: str, sop_uids: set[str]) -> None:
     flags = dict(connection.execute(select(table.c.flags).where(table.c.digest == digest)).scalar_one())
     flags[flag] = sorted({*flags.get(flag, []), *sop_uids})
@@ -246,6 +229,33 @@ def _flag_moved_meanwhile(connection: Connection, digest: str) -> None:
     moved = set(connection.execute(query).scalars())
     if moved:
         _flag(connection, schema.datasets, digest, "patient_changed", moved)
+
+
+def _flag_linked_meanwhile(connection: Connection, digest: str) -> None:
+    """Patients may have been found to be one person while the version was being built, or the user's own split parts them."""
+    groups = persons(connection)
+    if not groups:
+        return
+    member = schema.dataset_members
+    found: dict[str, dict[str, str]] = {}
+    query = select(member.c.sop_uid, member.c.patient, member.c.part).where(member.c.digest == digest)
+    for row in connection.execute(query):
+        if row.patient in groups:
+            found.setdefault(min(groups[row.patient]), {})[row.sop_uid] = row.part
+    crossing = {uid for uids in found.values() if len(set(uids.values())) > 1 for uid in uids}
+    if crossing:
+        _flag(connection, schema.datasets, digest, CROSSING, crossing)
+
+
+def persons(connection: Connection) -> dict[str, set[str]]:
+    """Patient -> all that are the same person, itself among them; only of those that are linked."""
+    links = schema.patient_links
+    groups: dict[str, set[str]] = {}
+    for row in connection.execute(select(links.c.patient_a, links.c.patient_b)):
+        both = groups.get(row.patient_a, {row.patient_a}) | groups.get(row.patient_b, {row.patient_b})
+        for member in both:
+            groups[member] = both
+    return groups
 
 
 def _affected(connection: Connection, sop_uids: Iterable[str]) -> Affected:

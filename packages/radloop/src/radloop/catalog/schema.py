@@ -216,6 +216,37 @@ ledger = Table(
     Index(None, "kind", "subject"),
 )
 
+# A study is released to the pipeline when it is complete; `through`: the newest `instances.id` released so far.
+studies = Table(
+    "studies",
+    metadata,
+    Column("study_uid", String(64), primary_key=True),
+    Column("revision", Integer, nullable=False),
+    Column("through", Integer, nullable=False),
+    Column("expected", Integer),
+    Column("released_at", String(32)),
+)
+
+# Two pseudonyms that are one person; patient_a sorts before patient_b.
+patient_links = Table(
+    "patient_links",
+    metadata,
+    Column("patient_a", String(64), primary_key=True),
+    Column("patient_b", String(64), primary_key=True),
+    Column("reason", String(64), nullable=False),
+    Column("by", String(64), nullable=False),
+    Column("linked_at", String(32), nullable=False),
+)
+
+# How far each audit sink has been told the ledger.
+audit_sinks = Table(
+    "audit_sinks",
+    metadata,
+    Column("sink", String(128), primary_key=True),
+    Column("seq", Integer, nullable=False),
+    Column("at", String(32), nullable=False),
+)
+
 label_requests = Table(
     "label_requests",
     metadata,
@@ -399,8 +430,33 @@ class LabelRequest(msgspec.Struct, frozen=True, kw_only=True):
     why: str
 
 
+class StudyState(msgspec.Struct, frozen=True, kw_only=True):
+    """A study with instances that have come since it was last released to the pipeline.
+
+    `revision`: how often it was released; 0, never. `new`: instances (and revisions of instances) not released yet.
+    `present`: instances of it in the catalog, released or not. `expected`: what a PACS said it holds of it.
+    """
+
+    study_uid: str
+    revision: int
+    new: int
+    present: int
+    last_at: str
+    expected: int | None = None
+
+
+class PatientLink(msgspec.Struct, frozen=True, kw_only=True):
+    """Two pseudonyms that are one person; `patient_a` sorts before `patient_b`."""
+
+    patient_a: str
+    patient_b: str
+    reason: str
+    by: str
+    linked_at: str
+
+
 class LedgerRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One row of the append-only ledger. `prev_hash` and `hash` are there for the hash chain."""
+    """One row of the append-only ledger. `hash` is made of the row and of `prev_hash`, the hash of the row before it."""
 
     seq: int
     key: str | None

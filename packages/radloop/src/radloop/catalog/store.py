@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from types import TracebackType
 
-from radloop.catalog.instances import Instances
 from radloop.catalog.labels import Labels
 from radloop.catalog.ledger import Ledger
 from radloop.catalog.lineage import Lineage
+from radloop.catalog.patients import Patients
+from radloop.catalog.studies import Studies
 
 
-class Catalog(Instances, Labels, Lineage):
-    """Instances, quarantine, labels, patients' parts, dataset versions, models and the ledger of one project.
+class Catalog(Studies, Labels, Lineage, Patients):
+    """Instances, studies, quarantine, labels, patients' parts, dataset versions, models and the ledger of one project.
 
     Safe for several threads and several processes. Nothing identified is in it.
 

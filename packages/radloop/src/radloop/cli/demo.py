@@ -248,6 +248,9 @@ port = 0
 {SENDERS["A"]} = "site-a"
 {SENDERS["B"]} = "site-b"
 
+[ingest]
+quiet_s = 0.0  # the steps below wait until all is sent
+
 [serve]
 port = 0
 

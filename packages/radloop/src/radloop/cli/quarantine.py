@@ -14,7 +14,7 @@ from radloop.errors import DataError, RadloopError
 
 if TYPE_CHECKING:
     from radloop.catalog.schema import Quarantined
-    from radloop.dicom.landing import Landing
+    from radloop.dicom.landing import Landing, Outcome
 
 MEANING = {
     "NOT_DICOM": "the file is no DICOM",
@@ -130,6 +130,7 @@ def register(app: typer.Typer) -> None:
 
         def again(landing: Landing, entry: int, name: str) -> str:
             outcome = landing.retry(entry, by=name)
+            _use_now(landing, outcome, name)
             return f"held again: {outcome.reason}" if outcome.reason else "taken back in"
 
         _decide(project, ids, by, json, again)
@@ -153,7 +154,7 @@ def register(app: typer.Typer) -> None:
         """
 
         def use(landing: Landing, number: int, name: str) -> str:
-            landing.release(number, by=name)
+            _use_now(landing, landing.release(number, by=name), name)
             return "in use"
 
         _decide(project, [entry], by, json, use)
@@ -177,6 +178,12 @@ def register(app: typer.Typer) -> None:
             return "purged"
 
         _decide(project, [entry], by, json, remove)
+
+
+def _use_now(landing: Landing, outcome: Outcome, by: str) -> None:
+    """What a person has taken back in does not wait until its study is quiet."""
+    if outcome.reason is None and outcome.sop_uid is not None:
+        landing.use_now(outcome.sop_uid, by=by)
 
 
 def _decide(project: Any, ids: list[int], by: str | None, json: bool, act: Callable[[Landing, int, str], str]) -> None:

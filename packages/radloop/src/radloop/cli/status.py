@@ -53,6 +53,7 @@ def state(project: Path, settings: Settings, catalog: Catalog) -> dict[str, Any]
         "project": str(project.resolve()),
         "task": settings.task.name,
         "images": {**totals, "by_site": sites},
+        "studies": _studies(settings, catalog),
         "quarantine": {"held": len(held), "reasons": dict(sorted(reasons.items()))},
         "labels": state_of(catalog, settings.task.name),
         "datasets": [
@@ -67,6 +68,29 @@ def state(project: Path, settings: Settings, catalog: Catalog) -> dict[str, Any]
     told["models"] = _models(catalog, told["serving"])
     told["next"] = _next(told)
     return told
+
+
+def _studies(settings: Settings, catalog: Catalog) -> dict[str, int]:
+    """Studies that are still arriving, in how many seconds the last of them is complete, and how many were revised since."""
+    from radloop.catalog.studies import complete, seconds_left
+
+    quiet_s = settings.ingest.quiet_s
+    found = catalog.unreleased()
+    done = {study.study_uid for study in complete(found, quiet_s)}
+    arriving = [study for study in found if study.study_uid not in done]
+    left = round(seconds_left(arriving, quiet_s))
+    return {"arriving": len(arriving), "seconds_left": left, "revised": len(catalog.study_revisions())}
+
+
+def _say_studies(told: dict[str, int]) -> str | None:
+    said = []
+    if told["arriving"]:
+        some = f"{output.plural(told['arriving'], 'study is', 'studies are')} still arriving"
+        said.append(f"{some}, the last will be complete in {told['seconds_left']} s")
+    if told["revised"]:
+        some = output.plural(told["revised"], "study has", "studies have")
+        said.append(f"{some} a new revision: late instances, or corrected ones")
+    return "; ".join(said) or None
 
 
 def _serving(project: Path) -> dict[str, Any]:
@@ -203,6 +227,7 @@ def _show(told: dict[str, Any]) -> None:
         f"{told['project']}, task {told['task']}",
         [
             ("images", output.counts_line(counts)),
+            ("studies", _say_studies(told["studies"])),
             ("quarantine", output.counts_line(told["quarantine"]["reasons"]) if told["quarantine"]["held"] else None),
             (
                 "labels",

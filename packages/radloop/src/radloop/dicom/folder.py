@@ -64,6 +64,7 @@ def receive_folder(
         done += len(batch)
         if progress is not None:
             progress(done, len(paths))
+    landing.complete(sender)
     landing.seal(actor=sender)
     return FolderReport(
         files=len(paths), outcomes=dict(sorted(outcomes.items())), reasons=dict(sorted(reasons.items()))

@@ -292,6 +292,14 @@ class Landing:
         """Close the ingest batch with one ledger row; False when nothing arrived since the last."""
         return self._catalog.seal_ingest(actor=actor) is not None
 
+    def complete(self, sender: str) -> None:
+        """All has come that this sender had: studies of which everything new is from it need not wait until they are quiet."""
+        self._catalog.release_from(sender, actor=sender)
+
+    def use_now(self, sop_uid: str, *, by: str) -> None:
+        """A person decided that an instance (pseudonym) is to be used: its study need not wait until it is quiet."""
+        self._catalog.release_instance(sop_uid, actor=by)
+
     # After a kill
 
     def recover(self) -> Recovered:

@@ -194,6 +194,7 @@ def wrap_folder(
                 reasons[str(reason)] += 1
         if progress is not None:
             progress(start + len(batch), len(images))
+    landing.complete(sender)
     landing.seal(actor=sender)
     return WrapReport(
         rows=len(rows),

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from radloop.artifact import Artifact, Output, Verdict, commit, each, open_artifact
-from radloop.errors import DefinitionError, RadloopError
+from radloop.errors import DefinitionError, NotYet, RadloopError
 from radloop.stage import Port, Stage, load, store
 from radloop.stage.keys import key
 from radloop.stage.lock import hold
@@ -63,7 +63,7 @@ def execute(request: Request, emit: Emit, approved: Approved = never_approved) -
     """Run the stage a request names, commit its outputs, and say how it ended. Never raises for a stage's failure.
 
     What stands under the same key is taken instead (`cached`). A gate that says stop gives `stopped`; one that says wait,
-    or a missing approval, gives `waiting`; an exception gives `failed` with its message. `emit` receives `started`,
+    or a missing approval, or `NotYet`, gives `waiting`; any other exception gives `failed` with its message. `emit` receives `started`,
     progress and log lines, and always, last, `closed`.
     """
     began = time.perf_counter()
@@ -72,6 +72,8 @@ def execute(request: Request, emit: Emit, approved: Approved = never_approved) -
     try:
         with _lock(request):
             result = _run(load(request.stage), request, approved)
+    except NotYet as error:
+        result = Result(status="waiting", node=request.node, message=str(error), error=type(error).__name__)
     except RadloopError as error:
         result = Result(status="failed", node=request.node, message=str(error), error=type(error).__name__)
     except Exception as error:  # noqa: BLE001 - whatever a stage raises is its failure, with its own words

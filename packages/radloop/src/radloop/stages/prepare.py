@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
-from radloop.errors import DataError, DicomError
+from radloop.errors import DataError, DicomError, NotYet
 from radloop.stage import Home, In, Out, Secret, stage
 from radloop.stage.execute import log, progress, track
 from radloop.stages.kinds import TABLE, Dataset, Instances, Labels, Schema, Tensors, Validation, Verdict
 
 if TYPE_CHECKING:
     from radloop.catalog.schema import Instance
+    from radloop.catalog.store import Catalog
 
 _BATCH = 64
 CLASSES = {"1": 1, "0": 0}
@@ -31,10 +32,10 @@ def ingest(
     task: str = "finding",
     given_split: str = "",
 ) -> None:
-    """Take in folders of DICOM, then list every instance and label that the catalog holds, and the schema a person reviewed.
+    """Take in folders of DICOM, then list every instance of a complete study, every label, and the schema a person reviewed.
 
     Args:
-        folders: `{"path", "site"}`; what the listener received is in the catalog already.
+        folders: `{"path", "site"}`, complete once they are read; what the listener received is in the catalog already.
         task: the label task.
         given_split: the label task that holds a split the user brought; empty: radloop splits.
     """
@@ -50,14 +51,13 @@ def ingest(
             landing.receive_folder(home / folder["path"], site=folder["site"], progress=progress)
         if (batch := catalog.seal_ingest(actor="ingest")) is not None:
             log(f"new since the last run: {batch}")
-        current = [*catalog.pending(), *catalog.archived()]
+        waits = _release_complete(home, catalog)
+        current = [*catalog.ready(), *catalog.archived()]
         if not current:
-            raise DataError(
-                "nothing has been received",
-                expected="instances in the catalog",
-                got="none",
-                next_step="radloop listen, radloop ingest FOLDER, or [[ingest.folders]] in radloop.toml",
-            )
+            _nothing_yet(waits)
+        if waits:
+            log(waits)
+        persons = catalog.persons()
         resolved = catalog.resolve_labels(task)
         split = catalog.resolve_labels(given_split).values if given_split else {}
     rows = sorted((row.sop_uid, row.revision, row.source_sha256, row.site) for row in current)
@@ -78,10 +78,48 @@ def ingest(
             "values": values,
             "contradicting": sorted(contradicting),
             "given_split": {uid: value for uid, (value, _) in split.items() if uid in known},
+            # Only where there are any: without them the artifact, and all that was made of it, stays what it was.
+            **({"persons": persons} if persons else {}),
         },
     )
     received.counts["instances"] = len(rows)
     labels.counts.update(labelled=len(values), contradicting=len(contradicting))
+
+
+def _release_complete(home: Path, catalog: Catalog) -> str:
+    """Give the pipeline what is complete; what to say of studies that are not, or nothing."""
+    from radloop.catalog.studies import complete, seconds_left
+    from radloop.stages.project import settings_of
+
+    quiet_s = settings_of(home).ingest.quiet_s
+    found = catalog.unreleased()
+    done = complete(found, quiet_s)
+    released = catalog.release([study.study_uid for study in done], actor="ingest")
+    again = sum(revision > 1 for revision in released.values())
+    if again:
+        log(f"late instances: {again} studies have a new revision")
+    waiting = [study for study in found if study.study_uid not in released]
+    if not waiting:
+        return ""
+    left, images = seconds_left(waiting, quiet_s), sum(study.new for study in waiting)
+    return (
+        f"{len(waiting)} studies ({images} images) are still arriving: a study counts as complete when nothing of it has come for"
+        f" {quiet_s:g} s ([ingest] quiet_s), the last of these in {left:.0f} s"
+    )
+
+
+def _nothing_yet(waits: str) -> NoReturn:
+    if waits:
+        raise NotYet(
+            f"nothing to do yet: {waits}",
+            next_step="run it again then; an image that comes later makes a new revision of its study",
+        )
+    raise DataError(
+        "nothing has been received",
+        expected="instances in the catalog",
+        got="none",
+        next_step="radloop listen, radloop ingest FOLDER, or [[ingest.folders]] in radloop.toml",
+    )
 
 
 @stage
