@@ -90,7 +90,7 @@ def test_metadata_speaks_the_protocol(predictor: Predictor) -> None:
     assert httpx.get(predictor.url + "/v2/health/live").status_code == 200
     assert httpx.get(predictor.url + "/v2/health/ready").status_code == 200
     about = httpx.get(predictor.url + "/v2", headers=AUTHORISED).json()
-    assert about["name"] == "radloop" and about["extensions"] == []
+    assert about["name"] == "radloop" and about["extensions"] == ["binary_tensor_data"]
     assert httpx.get(predictor.url + "/v2/", headers=AUTHORISED).json() == about
     for path in ("/v2/models/default", "/v2/models/default/versions/3"):
         model = httpx.get(predictor.url + path, headers=AUTHORISED).json()
@@ -260,8 +260,10 @@ def test_metrics_count(tmp_path: Path) -> None:
         post(made, packages.dicom(n), **{"x-radloop-site": "A"})
     post(made, packages.dicom(1, modality="CT"), **{"x-radloop-site": "A"})
     page = httpx.get(made.url + "/metrics", headers=AUTHORISED).text
-    assert 'radloop_requests_total{reason="ok",role="champion",status="200"} 5.0' in page
-    assert 'radloop_requests_total{reason="UNEXPECTED_MODALITY",role="champion",status="422"} 1.0' in page
+    assert 'radloop_requests_total{protocol="rest",reason="ok",role="champion",status="200"} 5.0' in page
+    assert (
+        'radloop_requests_total{protocol="rest",reason="UNEXPECTED_MODALITY",role="champion",status="422"} 1.0' in page
+    )
     assert 'radloop_request_seconds_count{status="200"} 5.0' in page
     assert "radloop_requests_under_way 0.0" in page
     assert made.stop() == 0

@@ -116,7 +116,7 @@ def test_nan_is_named() -> None:
 def test_other_content_is_415() -> None:
     """An upload form is not silently taken for an image."""
     with pytest.raises(Refusal, match="application/dicom") as refused:
-        protocol.parse(b"", "multipart/form-data; boundary=x", None, SIZE)
+        protocol.parse(b"", "image/png", None, SIZE)
     assert refused.value.status == 415
 
 
@@ -138,7 +138,7 @@ def test_an_answer_has_what_was_asked() -> None:
     """Clients written against the protocol must read it: names, shapes, datatypes, and the id they sent."""
     columns = {"probability": [0.25, 0.5], "decision": [0, 1], "prediction_id": ["a", "b"]}
     question = ask([image()], id="7", outputs=[{"name": "decision"}])
-    made = msgspec.json.decode(protocol.answer(question, "default", "3", {"model_digest": "d"}, columns))
+    made = msgspec.json.decode(protocol.answer(question, "default", "3", {"model_digest": "d"}, columns)[0])
     assert made == {
         "model_name": "default",
         "model_version": "3",
@@ -170,3 +170,103 @@ def test_no_input_breaks_the_parser(changes: dict[str, Any]) -> None:
             ask([one | changes])
         except Refusal as refused:
             assert refused.status in (400, 415)
+
+
+def raw(inputs: list[dict[str, Any]], data: bytes, **rest: Any) -> protocol.Question:
+    text = json.dumps({"inputs": inputs, **rest}).encode()
+    return protocol.parse(text + data, "application/octet-stream", None, SIZE, str(len(text)))
+
+
+def binary(size: int, **changes: Any) -> dict[str, Any]:
+    told = {"name": "image", "shape": [1, 1, SIZE, SIZE], "datatype": "FP32"}
+    return told | {"parameters": {"binary_data_size": size}} | changes
+
+
+@given(arrays.arrays(np.float32, (3, 1, SIZE, SIZE), elements=st.floats(-(2.0**100), 2.0**100, width=32)))
+def test_a_raw_tensor_arrives_bit_for_bit(tensor: np.ndarray) -> None:
+    """The binary extension is what makes serving fast; it may change no value."""
+    data = tensor.astype("<f4").tobytes()
+    question = raw([binary(len(data), shape=[3, 1, SIZE, SIZE])], data)
+    assert question.images is not None
+    assert question.images.tobytes() == tensor.tobytes()
+
+
+@given(st.lists(st.binary(max_size=50), min_size=1, max_size=4))
+def test_raw_files_arrive_byte_for_byte(files_: list[bytes]) -> None:
+    """A file whose length lies in front of it is neither cut nor joined to the next."""
+    data = b"".join(len(one).to_bytes(4, "little") + one for one in files_)
+    given_ = {"name": "dicom", "shape": [len(files_)], "datatype": "BYTES"}
+    assert raw([given_ | {"parameters": {"binary_data_size": len(data)}}], data).files == tuple(files_)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "data", "match"),
+    [
+        ([binary(63)], b"\0" * 64, "binary_data_size is not the number of bytes"),
+        ([binary(60)], b"\0" * 60, "has 60 bytes; its shape .* needs 64"),
+        ([binary(64, data=[0.5] * 16)], b"\0" * 64, "data in the JSON and after it"),
+        ([image()], b"\0" * 64, "has no parameter binary_data_size"),
+        ([binary(64)], np.full(16, np.nan, "<f4").tobytes(), "not finite"),
+        ([binary(True)], b"\0", "binary_data_size is not"),
+        ([binary(8, name="dicom", shape=[1], datatype="BYTES")], b"\xff\xff\xff\xff1234", "longer than the data"),
+        ([binary(5, name="dicom", shape=[1], datatype="BYTES")], b"\0\0\0\0x", "1 bytes follow the last"),
+        ([binary(3, name="dicom", shape=[1], datatype="BYTES")], b"\0\0\0", "longer than the data"),
+        ([binary(4, name="dicom", shape=[-1, -1], datatype="BYTES")], b"\0\0\0\0", "has the shape"),
+    ],
+)
+def test_raw_data_that_lies_about_itself_is_refused(inputs: list[dict[str, Any]], data: bytes, match: str) -> None:
+    """Bytes taken for a tensor of another shape would be predicted as an image that nobody sent."""
+    with pytest.raises(Refusal, match=match) as refused:
+        raw(inputs, data)
+    assert refused.value.status == 400
+
+
+@pytest.mark.parametrize("length", ["", "x", "0", "-1", "999", "1.0", "\u0661"])
+def test_a_header_length_that_is_none_is_refused(length: str) -> None:
+    """The header comes from outside, too."""
+    with pytest.raises(Refusal, match="Inference-Header-Content-Length"):
+        protocol.parse(b"{}", "application/octet-stream", None, SIZE, length)
+
+
+def test_outputs_come_raw_where_they_are_asked_for_so() -> None:
+    """A client that asks for raw outputs reads them by their sizes; one byte off and every value is another."""
+    question = ask(
+        [image()], outputs=[{"name": "decision"}, {"name": "probability", "parameters": {"binary_data": True}}]
+    )
+    columns = {"probability": [0.25, 0.5], "decision": [0, 1], "prediction_id": ["a", "b"]}
+    body, length = protocol.answer(question, "m", "1", {}, columns)
+    assert length is not None
+    told = json.loads(body[:length])["outputs"]
+    assert told[0]["data"] == [0, 1]
+    assert told[1] == {
+        "name": "probability", "shape": [2, 1], "datatype": "FP64", "parameters": {"binary_data_size": 16},
+    }  # fmt: skip
+    assert np.frombuffer(body[length:], "<f8").tolist() == [0.25, 0.5]
+    every = ask([image()], parameters={"binary_data_output": True})
+    assert every.binary == {"probability", "decision", "prediction_id"}
+    assert protocol.raw_output("prediction_id", ["ab"]) == b"\2\0\0\0ab"
+
+
+@given(st.lists(st.binary(max_size=60), min_size=1, max_size=4))
+def test_a_multipart_body_is_its_parts(files_: list[bytes]) -> None:
+    """DICOMweb senders speak multipart/related; what they send arrives as it was."""
+    body = b"".join(b"--X\r\nContent-Type: application/dicom\r\n\r\n" + one + b"\r\n" for one in files_) + b"--X--\r\n"
+    if b"\r\n--X" in b"".join(files_):
+        return
+    kind = 'multipart/related; type="application/dicom"; boundary="X"'
+    assert protocol.parse(body, kind, None, SIZE).files == tuple(files_)
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "match"),
+    [
+        (b"", "multipart/related", "boundary"),
+        (b"--X\r\n\r\nabc", "multipart/related; boundary=X", "closing boundary"),
+        (b"--X\r\nabc\r\n--X--", "multipart/related; boundary=X", "empty line"),
+        (b"--X--", "multipart/related; boundary=X", "no part"),
+    ],
+)
+def test_a_multipart_body_that_is_none_is_refused(body: bytes, kind: str, match: str) -> None:
+    """A cut upload is told so, and is not predicted as a shorter one."""
+    with pytest.raises(Refusal, match=match):
+        protocol.parse(body, kind, None, SIZE)

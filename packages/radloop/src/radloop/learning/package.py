@@ -264,6 +264,11 @@ class Packaged:
             DataError: another shape or type, a value that is no number, or values outside 0 to 1: an image that did not
                 go through `Preprocessing`.
         """
+        self.check_tensor(images)
+        return self.compute(images)
+
+    def check_tensor(self, images: NDArray[np.float32]) -> None:
+        """Raises DataError as `predict_tensor`."""
         side = self.inputs.size
         if images.ndim != 4 or images.shape[1:] != (1, side, side) or images.dtype != np.float32:
             got = f"{images.dtype} {images.shape}"
@@ -275,6 +280,9 @@ class Packaged:
                 got="other values",
                 next_step="send the DICOM instance, or apply the package's preprocessing",
             )
+
+    def compute(self, images: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """As `predict_tensor`, of images that were checked."""
         probabilities = self.decision.probability(self.logits(images))
         return probabilities, self.decision.decide(probabilities)
 

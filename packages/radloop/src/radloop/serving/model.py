@@ -75,6 +75,7 @@ class ServedModel:
         identity = self._packaged.identity
         self.digest = identity.model_digest
         self.size = self._packaged.inputs.size
+        self.platform = "onnx_onnxruntime"
         if expect_digest is not None and expect_digest != self.digest:
             raise ServingError("the package holds another model", expected=expect_digest, got=self.digest)
         if identity.key_id != pseudonymiser.key_id:
@@ -87,13 +88,13 @@ class ServedModel:
         self._packaged.check()
         sandbox.warm(decoders)
 
-    def predict(self, images: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Calibrated probabilities and decisions, each (n,), of preprocessed images (n, 1, size, size).
+    def check(self, images: NDArray[np.float32]) -> None:
+        """Raises DataError if these are no preprocessed images (n, 1, size, size)."""
+        self._packaged.check_tensor(images)
 
-        Raises:
-            DataError: values outside 0 to 1.
-        """
-        return self._packaged.predict_tensor(images)
+    def compute(self, images: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Calibrated probabilities and decisions, each (n,), of images that were checked. From any thread."""
+        return self._packaged.compute(images)
 
     def examine(self, data: bytes, site: str) -> Examined:
         """Read a DICOM file, refuse what the model is not for, pseudonymise, preprocess. All in memory.

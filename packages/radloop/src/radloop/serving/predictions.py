@@ -7,6 +7,7 @@ file may be torn by such a kill; the reader leaves it out.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 import uuid
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from radloop.errors import DataError
 
@@ -80,7 +83,7 @@ class PredictionLog:
         self.path = directory / f"{name}-{start}-{os.getpid()}-{uuid.uuid4().hex[:4]}.jsonl"
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
         self._encoder = msgspec.json.Encoder()
-        self._rows: list[PredictionRow] = []
+        self._rows: list[tuple[PredictionRow, NDArray[np.float32] | None]] = []
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._interval_s = interval_s
@@ -89,10 +92,15 @@ class PredictionLog:
         self._thread = threading.Thread(target=self._run, name="prediction-log", daemon=True)
         self._thread.start()
 
-    def append(self, row: PredictionRow) -> None:
-        """Hand a row over; returns at once. Safe from any thread."""
+    def append(self, row: PredictionRow, tensor: NDArray[np.float32] | None = None) -> None:
+        """Hand a row over; returns at once. Safe from any thread.
+
+        Args:
+            tensor: what was predicted; its digest becomes `input_digest` when the row is written, not while a client
+                waits.
+        """
         with self._lock:
-            self._rows.append(row)
+            self._rows.append((row, tensor))
 
     @property
     def pending(self) -> int:
@@ -115,7 +123,10 @@ class PredictionLog:
             rows, self._rows = self._rows, []
         if not rows:
             return
-        data = b"".join(self._encoder.encode(row) + b"\n" for row in rows)
+        for row, tensor in rows:
+            if tensor is not None:
+                row["input_digest"] = hashlib.sha256(tensor.tobytes()).hexdigest()
+        data = b"".join(self._encoder.encode(row) + b"\n" for row, _ in rows)
         try:
             self._write(data)
         except OSError:

@@ -1,0 +1,107 @@
+"""What waits is computed together: no request waits for another one to come, only for a free thread."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Answer = tuple[NDArray[np.float64], NDArray[np.int64]]
+MOST_IMAGES = 32
+"""Images in one call of the model; more gain nothing on a CPU and make the others wait."""
+
+
+class Batcher:
+    """Threads that take their share of what waits and compute it in one call.
+
+    An idle model answers a lone request at once and alone; under load, batches grow by themselves.
+
+    Args:
+        compute: images `(n, 1, size, size)` to probabilities and decisions, each `(n,)`.
+        threads: calls at once.
+        observe: told the number of images of each call.
+    """
+
+    def __init__(
+        self, compute: Callable[[NDArray[np.float32]], Answer], *, threads: int, observe: Callable[[int], None]
+    ) -> None:
+        self._compute, self._observe = compute, observe
+        self._waiting: deque[tuple[NDArray[np.float32], asyncio.Future[Answer]]] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._count = threads
+        self._threads = [threading.Thread(target=self._run, name=f"predict-{n}", daemon=True) for n in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Requests that no thread has taken yet."""
+        return len(self._waiting)
+
+    def submit(self, images: NDArray[np.float32]) -> asyncio.Future[Answer]:
+        """Queue images that were checked; from the event loop. A cancelled future is not computed if it still waits."""
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        with self._changed:
+            self._waiting.append((images, future))
+            self._changed.notify()
+        return future
+
+    def close(self) -> None:
+        """Finish what waits, then end the threads."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        while taken := self._take():
+            answers = self._answers([images for images, _ in taken])
+            loop = taken[0][1].get_loop()
+            try:
+                loop.call_soon_threadsafe(_settle, [future for _, future in taken], answers)
+            except RuntimeError:  # the loop is closed: nobody waits any more
+                return
+
+    def _take(self) -> list[tuple[NDArray[np.float32], asyncio.Future[Answer]]]:
+        """This thread's share of what waits; empty when it is to end."""
+        with self._changed:
+            while True:
+                while not self._waiting and not self._closing:
+                    self._changed.wait()
+                taken: list[tuple[NDArray[np.float32], asyncio.Future[Answer]]] = []
+                share, images = math.ceil(len(self._waiting) / self._count), 0
+                while self._waiting and len(taken) < share and (not taken or images < MOST_IMAGES):
+                    one = self._waiting.popleft()
+                    if not one[1].cancelled():
+                        taken.append(one)
+                        images += len(one[0])
+                if taken or (self._closing and not self._waiting):
+                    return taken
+
+    def _answers(self, many: list[NDArray[np.float32]]) -> list[Answer | Exception]:
+        """One call for all; if it fails, one for each, so that a request fails by its own fault only."""
+        try:
+            self._observe(sum(map(len, many)))
+            probabilities, decisions = self._compute(many[0] if len(many) == 1 else np.concatenate(many))
+        except Exception as error:  # noqa: BLE001 - handed to whoever asked
+            return [error] if len(many) == 1 else [self._answers([one])[0] for one in many]
+        ends = np.cumsum([len(one) for one in many])[:-1]
+        return list(zip(np.split(probabilities, ends), np.split(decisions, ends), strict=True))
+
+
+def _settle(futures: list[asyncio.Future[Answer]], answers: list[Any]) -> None:
+    for future, answer in zip(futures, answers, strict=True):
+        if future.done():  # its client is gone, or its time is up
+            continue
+        if isinstance(answer, Exception):
+            future.set_exception(answer)
+        else:
+            future.set_result(answer)

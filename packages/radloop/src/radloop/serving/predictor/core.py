@@ -1,0 +1,297 @@
+"""What both protocols share: who may ask, what is too much, how a question becomes an answer and a row of the log."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import re
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from radloop.errors import DataError, DicomError
+from radloop.serving.batching import Batcher
+from radloop.serving.gateway import CHALLENGER_HEADER, CHAMPION_HEADER, MAX_BODY_BYTES, MIRROR_HEADER
+from radloop.serving.model import Examined, ServedModel
+from radloop.serving.predictions import CHALLENGER, CHAMPION, OK, PredictionLog, PredictionRow
+from radloop.serving.predictor.metrics import Metrics
+from radloop.serving.protocol import OUTPUTS, Question, Refusal
+
+DEADLINE_S = 30.0
+QUEUE = 256
+"""Requests that may be under way; one more is answered 429."""
+MOST_UNLOGGED = 10_000
+"""Rows waiting for a disk that does not take them, at which the predictor stops being ready."""
+
+_PARSED_AT_ONCE = 65_536
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_SILENT = frozenset({401, 404, 429})
+"""Refusals that are counted, not logged: they are not about an image."""
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """What the headers (gRPC: the metadata) say: the gateway's words on roles and copies, and the sender's site."""
+
+    protocol: str
+    request_id: str
+    role: str
+    served: bool
+    compared_with: str | None
+    site: str | None
+    started: float
+
+    @classmethod
+    def of(cls, protocol: str, headers: Mapping[str, str], digest: str) -> Asked:
+        """`headers` in lower case; `digest` of the model that was asked."""
+        models = {name: headers.get(name, "") for name in (CHAMPION_HEADER, CHALLENGER_HEADER)}
+        others = [model for model in models.values() if model != digest and _DIGEST.fullmatch(model)]
+        return cls(
+            protocol=protocol,
+            request_id=_request_id(headers.get("x-request-id", "")),
+            role=CHALLENGER if models[CHALLENGER_HEADER] == digest else CHAMPION,
+            served=MIRROR_HEADER not in headers,
+            compared_with=others[0] if others else None,
+            site=headers.get("x-radloop-site"),
+            started=time.perf_counter(),
+        )
+
+
+class Answered(msgspec.Struct, frozen=True):
+    """Values of each output, and what is said of the answer as a whole."""
+
+    columns: dict[str, list[Any]]
+    parameters: dict[str, str]
+
+
+class Core:
+    """One model behind both protocols.
+
+    Args:
+        model: loaded and warm.
+        log: where predictions go.
+        name, version: what the model is called in paths and answers.
+        token: bearer token asked for everywhere but at the health paths; None asks for none.
+        threads: calls of the model at once, and DICOM files examined at once.
+        max_body_bytes: a larger body is refused.
+        deadline_s: what is not answered by then is refused.
+    """
+
+    def __init__(
+        self,
+        model: ServedModel,
+        log: PredictionLog,
+        *,
+        name: str,
+        version: str,
+        token: str | None = None,
+        threads: int = 2,
+        max_body_bytes: int = MAX_BODY_BYTES,
+        deadline_s: float = DEADLINE_S,
+    ) -> None:
+        self.model, self.log, self.name, self.version = model, log, name, version
+        self.max_body_bytes, self.deadline_s = max_body_bytes, deadline_s
+        self.metrics = Metrics(model.digest, version)
+        self.draining = False
+        self._token = None if token is None else token.encode()
+        self._batcher = Batcher(model.compute, threads=threads, observe=self.metrics.batch.observe)
+        self._examiners = ThreadPoolExecutor(threads, thread_name_prefix="examine")
+        self._under_way = 0
+
+    def close(self) -> None:
+        """Finish what was taken, and write the log."""
+        self._examiners.shutdown()
+        self._batcher.close()
+        self.log.close()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests are taken: not while draining, nor while the log cannot be written."""
+        return not self.draining and self.log.pending < MOST_UNLOGGED
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The protocol's model metadata."""
+        size = self.model.size
+        inputs = [("image", "FP32", [-1, 1, size, size]), ("dicom", "BYTES", [-1])]
+        outputs = [(name, datatype, [-1, 1]) for name, datatype in OUTPUTS.items()]
+        return {
+            "name": self.name,
+            "versions": [self.version],
+            "platform": self.model.platform,
+            "inputs": [dict(zip(("name", "datatype", "shape"), one, strict=True)) for one in inputs],
+            "outputs": [dict(zip(("name", "datatype", "shape"), one, strict=True)) for one in outputs],
+            "properties": {"model_digest": self.model.digest},
+        }
+
+    # One request
+
+    def authorise(self, header: str) -> None:
+        """Raises Refusal (401) unless the Authorization header bears the token, if one is asked for."""
+        if self._token is None:
+            return
+        scheme, _, given = header.partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._token):
+            message = "a token is needed: send the header Authorization: Bearer TOKEN"
+            raise Refusal(401, "token", message, {"www-authenticate": "Bearer"})
+
+    def check_model(self, name: str, version: str) -> None:
+        """Raises Refusal (404) for another model or version; an empty version is any."""
+        if name != self.name:
+            raise Refusal(404, "unknown_model", f'no such model here; the model served is "{self.name}"')
+        if version and version != self.version:
+            raise Refusal(404, "unknown_version", f'no such version here; the version served is "{self.version}"')
+
+    def check_load(self) -> None:
+        """Raises Refusal: 503 while ending, 429 when too much is under way."""
+        if not self.is_ready:
+            raise Refusal(503, "not_ready", "the predictor is ending or its log cannot be written; ask again elsewhere")
+        if self._under_way > QUEUE:
+            raise Refusal(429, "busy", "too many requests are under way; ask again later", {"retry-after": "1"})
+
+    def too_large(self) -> Refusal:
+        """What a body beyond the limit is told."""
+        limit = f"{self.max_body_bytes // (1024 * 1024)} MiB"
+        return Refusal(413, "too_large", f"the body is larger than {limit}", {"connection": "close"})
+
+    def begin(self) -> None:
+        """A request came in; `end` follows, whatever becomes of it."""
+        self._under_way += 1
+        self.metrics.under_way.set(self._under_way)
+
+    def end(self, asked: Asked, status: int, reason: str) -> None:
+        """A request was answered; refusals of images are logged as answers are."""
+        self._under_way -= 1
+        self.metrics.under_way.set(self._under_way)
+        self.metrics.waiting.set(self._batcher.waiting)
+        self.metrics.requests.labels(asked.protocol, asked.role, str(status), reason).inc()
+        self.metrics.seconds.labels(str(status)).observe(time.perf_counter() - asked.started)
+        if reason != OK and status not in _SILENT and reason != "client_gone":
+            self.log.append(self._row(asked, reason))
+
+    async def understood(self, parse: Callable[[], Question], length: int) -> Question:
+        """What `parse` makes of a body of `length` bytes; a long one in a thread, so that nobody else waits for it."""
+        if length <= _PARSED_AT_ONCE:
+            return parse()
+        return await asyncio.get_running_loop().run_in_executor(self._examiners, parse)
+
+    async def answer(self, question: Question, asked: Asked, deadline_s: float | None = None) -> Answered:
+        """Examine, predict, log.
+
+        Args:
+            deadline_s: the client's own, if it is sooner than this predictor's.
+
+        Raises:
+            Refusal: with its status.
+        """
+        limit = self.deadline_s if deadline_s is None else min(deadline_s, self.deadline_s)
+        try:
+            async with asyncio.timeout(limit - (time.perf_counter() - asked.started)):
+                examined, images = await self._images(question)
+                probabilities, decisions = await self._batcher.submit(images)
+        except TimeoutError:
+            message = f"there was no answer within {limit:g} s; ask again later, or send fewer images at once"
+            raise Refusal(504, "deadline", message) from None
+        if not np.isfinite(probabilities).all():
+            raise Refusal(500, "not_finite", "the model gave a probability that is not finite; nothing can be said")
+        columns: dict[str, list[Any]] = {
+            "probability": probabilities.tolist(),
+            "decision": decisions.tolist(),
+            "prediction_id": [str(uuid.uuid4()) for _ in range(len(probabilities))],
+        }
+        self._log(asked, question.site, examined, images, columns)
+        parameters = {"model_version": self.version, "model_digest": self.model.digest}
+        if len(images) == 1:
+            parameters["prediction_id"] = columns["prediction_id"][0]
+        return Answered(columns, parameters)
+
+    async def _images(self, question: Question) -> tuple[list[Examined], NDArray[np.float32]]:
+        if question.images is None:
+            loop = asyncio.get_running_loop()
+            examined = await loop.run_in_executor(self._examiners, self._examine, question.files, question.site)
+            return examined, np.stack([one.image for one in examined])
+        try:
+            self.model.check(question.images)
+        except DataError as error:
+            raise Refusal(400, "not_preprocessed", one_line(error)) from None
+        return [], question.images
+
+    def _examine(self, files: Sequence[bytes], site: str) -> list[Examined]:
+        examined = []
+        for number, data in enumerate(files):
+            try:
+                examined.append(self.model.examine(data, site))
+            except DicomError as error:
+                where = f"file {number}: " if len(files) > 1 else ""
+                raise Refusal(422, str(error.reason), where + one_line(error)) from None
+        return examined
+
+    def _log(
+        self,
+        asked: Asked,
+        site: str,
+        examined: Sequence[Examined],
+        images: NDArray[np.float32],
+        columns: dict[str, list[Any]],
+    ) -> None:
+        latency_ms = _since(asked.started)
+        for number in range(len(images)):
+            row = self._row(asked, OK, latency_ms)
+            for name in OUTPUTS:
+                row[name] = columns[name][number]  # type: ignore[literal-required]
+            row["site"] = site or None
+            if examined:
+                one = examined[number]
+                row["sop_uid"], row["study_uid"], row["patient"] = one.sop_uid, one.study_uid, one.patient
+                row["input_digest"], row["tags"], row["features"] = one.input_digest, one.tags, one.features
+                self.log.append(row)
+            else:
+                self.log.append(row, images[number])
+
+    def _row(self, asked: Asked, status: str, latency_ms: float | None = None) -> PredictionRow:
+        return PredictionRow(
+            prediction_id=str(uuid.uuid4()),
+            request_id=asked.request_id,
+            at=datetime.now(UTC).isoformat(),
+            model_name=self.name,
+            version=self.version,
+            model_digest=self.model.digest,
+            role=asked.role,
+            served=asked.served,
+            compared_with=asked.compared_with,
+            sop_uid=None,
+            study_uid=None,
+            patient=None,
+            site=None,
+            input_digest=None,
+            tags={},
+            features={},
+            probability=None,
+            decision=None,
+            latency_ms=_since(asked.started) if latency_ms is None else latency_ms,
+            status=status,
+        )
+
+
+def _request_id(given: str) -> str:
+    """A UUID as it is; anything else by its digest, as it might say who the patient is."""
+    try:
+        return str(uuid.UUID(given))
+    except ValueError:
+        return hashlib.sha256(given.encode()).hexdigest()[:32] if given else str(uuid.uuid4())
+
+
+def one_line(error: Exception) -> str:
+    """A radloop error as one line of an answer."""
+    return "; ".join(str(error).split("\n  "))
+
+
+def _since(started: float) -> float:
+    return round((time.perf_counter() - started) * 1000, 3)
