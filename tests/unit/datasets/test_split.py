@@ -110,3 +110,13 @@ def test_the_split_that_ships_with_nih_is_refused(test_data: Path) -> None:
     leak = split.leakage(table([(row["patient"], parts[row["file"]], row["file"]) for row in rows]))
     with pytest.raises(GateError, match="30 of 264 patients"):
         split.refuse(leak)
+
+
+def test_linked_patients_count_as_one() -> None:
+    """If this failed, a person with two numbers would be learnt from under one and tested under the other."""
+    rows = [("A", "train", "p1"), ("B", "test", "p2"), ("C", "test", "p3")]
+    assert split.leakage(table(rows)).clean
+    found = split.leakage(table(rows), persons={"A": "A", "B": "A"}, models={"the champion": {"D"}})
+    assert (found.patients, found.crossing_patients) == (2, 1)
+    found = split.leakage(table(rows), persons={"C": "C", "D": "C"}, models={"the champion": {"D"}})
+    assert found.trained_on_test == {"the champion": 1}

@@ -55,6 +55,7 @@ def inputs_of(home: Path, name: str) -> dict[str, Path | None]:
         return {"baseline": champion.get("validation")}
     if name in _DEVELOP:
         done = _latest(home, ("prepare",), "publish.dataset").outputs
+        _refuse_crossing(home, Path(done["publish.dataset"]))
         return {
             "dataset": Path(done["publish.dataset"]),
             "tensors": Path(done["preprocess.tensors"]),
@@ -76,6 +77,23 @@ def inputs_of(home: Path, name: str) -> dict[str, Path | None]:
             "there is nothing to watch", expected="a champion in production", next_step="radloop run release"
         )
     return {part: champion[part] for part in ("dataset", "evaluation", "package")}
+
+
+def _refuse_crossing(home: Path, dataset: Path) -> None:
+    """The leakage gate looked at what was known when the version was made; patients may have been linked since."""
+    from radloop.catalog.lineage import CROSSING
+
+    told = open_artifact(home / dataset).json("dataset.json")
+    digest = told.get("manifest") if isinstance(told, dict) else None
+    with open_catalog(home) as catalog:
+        flagged = [version for version in catalog.datasets() if version.digest == digest and CROSSING in version.flags]
+    if flagged:
+        raise DataError(
+            f"in dataset version {flagged[0].number} one person stands in several parts: patients were linked",
+            expected="each person in one part",
+            got=f"{len(flagged[0].flags[CROSSING])} images of persons in several",
+            next_step="radloop run prepare makes a version in which each has one part; a split of your own must be corrected",
+        )
 
 
 def champion_places(home: Path) -> dict[str, Path]:

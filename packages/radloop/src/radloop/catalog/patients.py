@@ -88,7 +88,7 @@ class Patients(Database):
         wanted = sorted(set(patients))
         with self._read() as connection:
             for start in range(0, len(wanted), _CHUNK):
-                query = select(schema.instances.c.patient.distinct())
+                query = select(schema.instances.c.patient).distinct()
                 some = schema.instances.c.patient.in_(wanted[start : start + _CHUNK])
                 found |= set(connection.execute(query.where(some)).scalars())
         return found

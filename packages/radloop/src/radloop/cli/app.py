@@ -32,6 +32,7 @@ MODULES = (
     "doctor",
     "intake",
     "labels",
+    "patients",
     "run",
     "status",
     "quarantine",
@@ -46,7 +47,7 @@ MODULES = (
 
 SECTIONS = {
     "Start": ("demo", "init", "setup", "doctor"),
-    "Bring images and labels": ("listen", "ingest", "import-images", "labels"),
+    "Bring images and labels": ("listen", "ingest", "import-images", "labels", "patients"),
     "Run the loop": ("run", "stage", "status", "approve", "report"),
     "Serve": ("serve", "predict", "rollback"),
     "Look into it": ("dataset", "quarantine", "trace", "ledger"),

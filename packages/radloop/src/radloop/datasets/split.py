@@ -125,15 +125,24 @@ class Leakage(msgspec.Struct, frozen=True, kw_only=True):
         return "; ".join(found) or f"no patient of {self.patients} is in more than one part"
 
 
-def leakage(table: pa.Table, *, models: Mapping[str, Collection[str]] | None = None) -> Leakage:
+def leakage(
+    table: pa.Table,
+    *,
+    models: Mapping[str, Collection[str]] | None = None,
+    persons: Mapping[str, str] | None = None,
+) -> Leakage:
     """Look for patients and pixels that cross between parts, and for test patients that other models learnt from.
 
     Args:
         table: a manifest: columns patient and part; pixel_sha256 is used where it is there.
         models: for each other model of a comparison, the pseudonyms of its training and validation patients (early
             stopping, calibration and threshold are learnt from validation).
+        persons: pseudonym -> the one that stands for the person, of patients that were linked: they count as one patient.
     """
-    patient_parts = _parts_of(table, "patient")
+    same = persons or {}
+    patient_parts: dict[str, set[str]] = defaultdict(set)
+    for patient, found in _parts_of(table, "patient").items():
+        patient_parts[same.get(patient, patient)] |= found
     in_part: Counter[str] = Counter(p for found in patient_parts.values() for p in found)
     pairs = {f"{a}+{b}": sum({a, b} <= found for found in patient_parts.values()) for a, b in combinations(PARTS, 2)}
     pixels = _parts_of(table, "pixel_sha256") if "pixel_sha256" in table.column_names else {}
@@ -144,7 +153,10 @@ def leakage(table: pa.Table, *, models: Mapping[str, Collection[str]] | None = N
         crossing=pairs,
         parts={p: in_part[p] for p in PARTS},
         crossing_pixels=sum(len(found) > 1 for found in pixels.values()),
-        trained_on_test={name: len(test.intersection(seen)) for name, seen in sorted((models or {}).items())},
+        trained_on_test={
+            name: len(test.intersection(same.get(patient, patient) for patient in seen))
+            for name, seen in sorted((models or {}).items())
+        },
     )
 
 

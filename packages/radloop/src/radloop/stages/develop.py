@@ -30,7 +30,7 @@ def split(dataset: In[Dataset], champion_dataset: In[Dataset] | None, split: Out
 
     table = manifest.read(dataset.file("manifest.parquet"))
     models = {"the champion": _learnt_from(champion_dataset)[0]} if champion_dataset else {}
-    found = parts.leakage(table, models=models)
+    found = parts.leakage(table, models=models, persons=_persons(dataset))
     split.write_json("split.json", {**msgspec.to_builtins(found), "counts": manifest.counts(table)})
     figure = found.crossing_patients + found.crossing_pixels + sum(found.trained_on_test.values())
     told = "pass" if found.clean else "stop"
@@ -42,6 +42,13 @@ def split(dataset: In[Dataset], champion_dataset: In[Dataset] | None, split: Out
         "detail": found.message,
     }
     verdict.verdict(told, f"the leakage gate {'passed' if found.clean else 'refused'}: {found.message}", [gate])
+
+
+def _persons(dataset: In[Dataset]) -> dict[str, str]:
+    """Patients of the version that were known to be one person when it was made."""
+    told = dataset.json("dataset.json")
+    assert isinstance(told, dict)
+    return dict(told.get("persons", {}))
 
 
 @stage

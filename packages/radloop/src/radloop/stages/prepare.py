@@ -278,7 +278,8 @@ def publish(
 ) -> None:
     """Join images, labels and parts into an immutable dataset version, and record it.
 
-    A patient's part is decided once, by a keyed hash of the pseudonym, and kept in every later version.
+    A patient's part is decided once, by a keyed hash of the pseudonym, and kept in every later version. Patients who were
+    linked are one person and have one part.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -295,7 +296,7 @@ def publish(
     lost = {row["sop_uid"] for row in failed}
     revisions = {row["sop_uid"]: row["revision"] for row in table.select(["sop_uid", "revision"]).to_pylist()}
     table = table.filter(pc.invert(pc.is_in(table["sop_uid"], pa.array(sorted(lost), pa.string()))))
-    fraction = pseudonymiser(home, key).fraction
+    fraction, persons = pseudonymiser(home, key).fraction, told.get("persons", {})
     with open_catalog(home) as catalog:
         catalog.refuse(
             [
@@ -314,7 +315,9 @@ def publish(
             parts, by = split.given(told["given_split"]), "sop_uid"
         else:
             patients = sorted({str(patient) for patient in table["patient"].to_pylist()})
-            decided = split.parts(patients, fraction, fractions, decided=catalog.parts())
+            decided = split.parts(
+                patients, lambda one: fraction(persons.get(one, one)), fractions, decided=catalog.parts()
+            )
             parts = catalog.assign_parts(decided, key_id=str(table["key_id"][0].as_py()))
             by = "patient"
         built = manifest.build(table, _label_rows(told), parts, classes=CLASSES, parts_by=by)  # type: ignore[arg-type]
@@ -344,6 +347,7 @@ def publish(
                 "task": told["task"],
                 "contradicting": len(told["contradicting"]),
                 "given_split": bool(told["given_split"]),
+                **({"persons": persons} if persons else {}),
             },
         )
 
