@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import random
 import resource
@@ -35,6 +34,7 @@ from radloop.catalog.schema import QuarantineState, Reason, Refused, Status
 from radloop.catalog.store import Catalog
 from radloop.dicom.header import read_header
 from radloop.dicom.identity import Crosswalk, Identity
+from radloop.dicom.landed import identity
 from radloop.dicom.landing import Arrival, Landing, Outcome
 from radloop.dicom.uids import Pseudonymiser
 from radloop.errors import DataError, DicomError
@@ -119,7 +119,8 @@ def files(folder: Path) -> list[str]:
 
 
 def sha(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+    """What a file of these bytes is named by."""
+    return identity(data)
 
 
 # What is accepted

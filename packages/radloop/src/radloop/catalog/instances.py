@@ -11,7 +11,8 @@ import msgspec
 from sqlalchemy import Connection, RowMapping, Select, and_, func, insert, or_, select, update
 
 from radloop.catalog import ledger, schema
-from radloop.catalog.database import Database, as_struct
+from radloop.catalog.database import Database, as_struct, storage_errors
+from radloop.catalog.direct import Direct
 from radloop.catalog.lineage import flag_affected
 from radloop.catalog.schema import (
     Archived,
@@ -38,6 +39,37 @@ SamePixels = Callable[[InstanceRow, Instance], bool]
 
 class Instances(Database):
     """What `Catalog` knows of instances and of quarantine."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self._direct = Direct(str(self._url.database)) if self._sqlite else None
+
+    def close(self) -> None:
+        """Give all connections back. The object can be used again; it opens new ones."""
+        super().close()
+        if self._direct is not None:
+            self._direct.close()
+
+    def unseen(self, source_sha256: str, key_id: str) -> bool:
+        """Whether these bytes are neither a known instance nor held in quarantine."""
+        if self._direct is not None:
+            return self._direct.unseen(source_sha256, key_id)
+        return not (self.known_sources([source_sha256], key_id) or self.held_sources([source_sha256]))
+
+    def record_new(self, rows: Sequence[InstanceRow]) -> list[Recorded | None]:
+        """Record what is new, quickly, in one transaction: NEW, SAME, or None where `record_many` has to compare pixels.
+
+        Visible to every reader when this returns. On SQLite a power cut (not a kill) may take the last of these commits: the
+        caller must be able to record again from what it has made durable itself.
+
+        Raises:
+            StorageFull: the disk is full; nothing was recorded.
+        """
+        if self._direct is None:
+            with self._write() as connection:
+                return _record_unseen(connection, rows)
+        with storage_errors("catalog"):
+            return self._direct.record_new(rows)
 
     def record(self, row: InstanceRow, same_pixels: SamePixels) -> Recorded:
         """Record one instance as received; see `record_many`."""
@@ -100,6 +132,16 @@ class Instances(Database):
         """As `known`, for many: digest -> revision."""
         with self._read() as connection:
             return _known_sources(connection, source_sha256s, key_id)
+
+    def digests(self, source_sha256s: Iterable[str], key_id: str) -> dict[str, str]:
+        """Those of these digests that are known -> the SOP instance UID: as `known_sources`, for a whole landing folder."""
+        found: dict[str, str] = {}
+        with self._read() as connection:
+            for some in chunks(source_sha256s):
+                query = select(_table.c.source_sha256, _table.c.sop_uid)
+                where = (_table.c.source_sha256.in_(some), _table.c.key_id == key_id)
+                found |= {row[0]: row[1] for row in connection.execute(query.where(*where))}
+        return found
 
     def current(self, sop_uid: str) -> Instance | None:
         """The latest revision of an instance, whatever its status."""

@@ -26,6 +26,7 @@ from radloop.catalog.ledger import Kind, Ledger
 from radloop.errors import SettingsError
 
 MIN_KEY_BYTES = 32
+_REMEMBERED = 4096
 _CHECK = b"radloop crosswalk"
 
 
@@ -57,6 +58,12 @@ class Entry(msgspec.Struct, frozen=True):
         return f"Entry({self.kind!r}, {self.pseudonym!r})"  # an entry in a log must not say who
 
 
+Row = tuple[str, str, bytes]
+"""Kind, pseudonym, encrypted values: an entry as it is kept."""
+
+_OF_MANY = frozenset({Identity.PATIENT, Identity.ACCESSION, Identity.STUDY, Identity.SERIES})
+
+
 class Crosswalk:
     """An encrypted SQLite file (0600) in a folder of its own (0700). Safe for several threads and processes.
 
@@ -79,6 +86,9 @@ class Crosswalk:
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._pid = 0
+        self._right_key: bytes | None = None
+        # Entries that are surely kept: a study's instances share all but one. Newest last, by kind and pseudonym.
+        self._remembered: dict[tuple[str, str], None] = {}
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(self._path, os.O_CREAT | os.O_WRONLY, 0o600))
         try:
@@ -106,27 +116,56 @@ class Crosswalk:
         Raises:
             StorageFull: the disk is full; nothing was kept.
         """
-        unique = {(entry.kind, entry.pseudonym): entry for entry in reversed(list(entries))}
+        unique = {(entry.kind.value, entry.pseudonym): entry for entry in reversed(list(entries))}
         with storage_errors("crosswalk"), self._lock:
             database = self._open()
-            keys = [(kind.value, pseudonym) for kind, pseudonym in unique]
-            known = set()
-            for key in keys:
-                if database.execute("SELECT 1 FROM identity WHERE kind = ? AND pseudonym = ?", key).fetchone():
-                    known.add(key)
-            cipher = MultiFernet(self._ciphers)
-            new = [
-                (entry.kind.value, entry.pseudonym, cipher.encrypt(json.dumps(entry.values).encode()))
-                for key, entry in unique.items()
-                if (key[0].value, key[1]) not in known
-            ]
-            if not new:
-                return 0
+            query = "SELECT 1 FROM identity WHERE kind = ? AND pseudonym = ?"
+            known = {key for key in unique if database.execute(query, key).fetchone()}
+            return self.put_rows(self.encrypted([entry for key, entry in unique.items() if key not in known]))
+
+    def encrypted(self, entries: Iterable[Entry]) -> list[Row]:
+        """Entries made ready for `put_rows`; those that were put lately are left out."""
+        cipher = self._ciphers[0]
+        return [
+            (entry.kind.value, entry.pseudonym, cipher.encrypt(json.dumps(entry.values).encode()))
+            for entry in entries
+            if (entry.kind.value, entry.pseudonym) not in self._remembered
+        ]
+
+    def put_rows(self, rows: Sequence[Row], *, durable: bool = True) -> int:
+        """Keep encrypted entries in one commit; how many were new. What is there already stays.
+
+        Args:
+            durable: False leaves it to the system when the commit reaches the disk: a power cut may take it (the file
+                stays sound), so the caller must be able to put it again.
+
+        Raises:
+            StorageFull: the disk is full; nothing was kept.
+        """
+        if not rows:
+            return 0
+        with storage_errors("crosswalk"), self._lock:
+            database = self._open()
+            database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             with _transaction(database):
                 self._refuse_wrong_key(self._ciphers)  # rotated by another process: nothing more under the old key
+                before = database.total_changes
                 # OR IGNORE: another process may have put the same since.
-                database.executemany("INSERT OR IGNORE INTO identity (kind, pseudonym, value) VALUES (?, ?, ?)", new)
-        return len(new)
+                database.executemany("INSERT OR IGNORE INTO identity (kind, pseudonym, value) VALUES (?, ?, ?)", rows)
+            for kind, pseudonym, _ in rows:
+                if kind in _OF_MANY:
+                    self._remembered[kind, pseudonym] = None
+            while len(self._remembered) > _REMEMBERED:
+                del self._remembered[next(iter(self._remembered))]
+            return database.total_changes - before
+
+    def missing(self, kind: Identity, pseudonyms: Iterable[str]) -> set[str]:
+        """Those of these pseudonyms that the crosswalk does not know. Nothing is decrypted."""
+        wanted = sorted(set(pseudonyms))
+        with self._lock:
+            database = self._open()
+            query = "SELECT 1 FROM identity WHERE kind = ? AND pseudonym = ?"
+            return {one for one in wanted if database.execute(query, (kind.value, one)).fetchone() is None}
 
     def get(self, kind: Identity, pseudonym: str, *, who: str, why: str) -> dict[str, str] | None:
         """What one pseudonym stands for; None when the crosswalk does not know it. Recorded in the ledger first."""
@@ -175,7 +214,7 @@ class Crosswalk:
             # What the old key can open must not linger in free pages or in the log.
             database.execute("VACUUM")
             database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            self._ciphers = [ciphers[0]]
+            self._ciphers, self._right_key = [ciphers[0]], None
         self._ledger.append(Kind.AUDIT, "crosswalk", {"action": "rotate", "values": len(rows)}, actor=by)
         return len(rows)
 
@@ -204,8 +243,11 @@ class Crosswalk:
 
     def _refuse_wrong_key(self, ciphers: Sequence[Fernet]) -> None:
         (value,) = self._open().execute("SELECT value FROM key_check").fetchone()
+        if value == self._right_key:
+            return
         try:
             MultiFernet(ciphers).decrypt(value)
+            self._right_key = value
         except InvalidToken:
             raise SettingsError(
                 "the crosswalk key does not open this crosswalk",

@@ -2,29 +2,39 @@
 
 Order of a batch, so that a kill at any moment loses nothing that was acknowledged and doubles nothing:
 
-1. the crosswalk: what the pseudonyms stand for, and for each digest its site, sender and path;
-2. the bytes, under their digest, in `landing/` or `quarantine/`: temporary name, fsync, rename, fsync of the folder;
+1. the crosswalk: what the pseudonyms stand for, and for each file its site, sender and path;
+2. the bytes, under their identity (`radloop.dicom.landed`), in `landing/` or `quarantine/`: temporary name, fsync, rename,
+   fsync of the folder;
 3. the catalog, in one transaction.
 
 Killed after 1: nothing is visible. After 2: files without a row, which `Landing.recover` registers, knowing from the
-crosswalk whence they came. Names are digests, so everything may be repeated.
+crosswalk whence they came. Names are identities, so everything may be repeated.
+
+What C-STORE brings (`Received`) has its own, quicker order. radloop writes the header of these files and puts in, under a seal,
+whence they came; so the fsynced file alone is enough to make crosswalk entry and row again:
+
+1. the file: temporary name, link to its final name, fsync, fsync of the folder; meanwhile its header is read;
+2. crosswalk and catalog, one commit each for all associations that wait, without fsync (`synchronous = NORMAL`).
+
+Then Success is answered: every reader sees the instance. A kill cannot take a commit, since it is in the system's memory. A power
+cut may take the last commits of either database, never a file: `Landing.recover`, which runs whenever a project's landing is
+opened to be used, finds files without a row and rows without a crosswalk entry, and makes both anew, in the order in which they
+came. Only a new instance is recorded that way. A revision, a conflict, a refusal change what is known already: these are
+committed with fsync, as a batch is, which makes all earlier commits durable too. A file that a power cut tore was never
+acknowledged; its bytes are not those that its name says, and recovery removes it.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
-import secrets
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 
 import msgspec
 
-from radloop.catalog.database import storage_errors
 from radloop.catalog.schema import (
     RELEASABLE,
     Instance,
@@ -36,51 +46,27 @@ from radloop.catalog.schema import (
     Status,
 )
 from radloop.catalog.store import Catalog
+from radloop.dicom.arrival import Arrival as Arrival  # this room's words
+from radloop.dicom.arrival import Mismatch as Mismatch
+from radloop.dicom.arrival import Outcome as Outcome
+from radloop.dicom.arrival import OutcomeKind as OutcomeKind
+from radloop.dicom.arrival import Received as Received
+from radloop.dicom.arrival import arrival_from, check_announced, is_announced
 from radloop.dicom.folder import FolderReport, SiteOf, receive_folder
 from radloop.dicom.header import Header, read_header
 from radloop.dicom.identity import Crosswalk, Entry, Identity
+from radloop.dicom.landed import identity, place, write_durably
+from radloop.dicom.recorder import Recorder
 from radloop.dicom.same_pixels import same_pixels
 from radloop.dicom.uids import Pseudonymiser, normalise
 from radloop.errors import DataError, DicomError
 
 STAGE = "landing"
-_MINE = "radloop landing"
-_SYNC_TOGETHER = 8
-
-
-class OutcomeKind(StrEnum):
-    """What became of bytes that arrived."""
-
-    NEW = "new"
-    SAME = "same"
-    REVISION = "revision"
-    CONFLICT = "conflict"
-    QUARANTINED = "quarantined"
-
-
-class Arrival(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes as they arrive. `relative_path`: path within the input folder; labels may be keyed by it."""
-
-    data: bytes
-    site: str
-    sender: str
-    relative_path: str | None = None
-
-    def __repr__(self) -> str:
-        return f"Arrival({len(self.data)} bytes from {self.sender!r})"
-
-
-class Outcome(msgspec.Struct, frozen=True):
-    """What became of one arrival. `sop_uid` is the pseudonym; `reason` is set for `conflict` and `quarantined`."""
-
-    kind: OutcomeKind
-    sop_uid: str | None
-    reason: Reason | None
-    sha256: str
+_WRITERS = 32
 
 
 class Recovered(msgspec.Struct, frozen=True, kw_only=True):
-    """Counts of `Landing.recover`: files registered, half-written files removed, files of unknown origin left."""
+    """Counts of `Landing.recover`: files registered, torn and half-written ones removed, those of unknown origin left."""
 
     registered: int
     removed: int
@@ -116,6 +102,8 @@ class Landing:
         for folder in (self.landing, self.quarantine):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.chmod(0o700)
+        self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="landing")
+        self._recorder = Recorder(crosswalk, catalog)
 
     # Receiving
 
@@ -143,15 +131,64 @@ class Landing:
 
     def _receive(self, arrivals: Sequence[Arrival], *, again: bool = False) -> list[Outcome]:
         """`again`: look anew at bytes that quarantine holds."""
-        items = [_Item(arrival, hashlib.sha256(arrival.data).hexdigest()) for arrival in arrivals]
+        items = [_Item(arrival, _identity(arrival)) for arrival in arrivals]
         self._pass_over_known(items, again=again)
         fresh = [item for item in items if item.outcome is None]
         for item in fresh:
             self._read(item)
+        self._keep(fresh)
+        return [item.outcome for item in items if item.outcome is not None]
+
+    def receive_one(self, arrival: Received) -> Outcome:
+        """Take what C-STORE brought: durable and in the catalog when this returns. See this module's docstring.
+
+        Raises:
+            StorageFull: no space left; nothing was accepted.
+            Mismatch: another SOP class or instance than was announced; nothing was kept.
+        """
+        with self._lock(fcntl.LOCK_SH):
+            item = _Item(arrival, arrival.sha256)
+            if not self._catalog.unseen(item.sha256, self._pseudonymiser.key_id):
+                self._pass_over_known([item], again=False)
+            if item.outcome is None and (not is_announced(arrival) or not self._is_new(item)):
+                if item.row is None and item.refusal is None:
+                    self._read(item)
+                self._keep([item])
+                if item.row is None:
+                    self.landed(item.sha256).unlink(missing_ok=True)
+            assert item.outcome is not None
+            return item.outcome
+
+    def _is_new(self, item: _Item) -> bool:
+        """Write, and read the header meanwhile; record if it is new. False: all of it must be kept the careful way."""
+        arrival = item.arrival
+        assert isinstance(arrival, Received)
+        written = self._writers.submit(place, self.landed(item.sha256), arrival.data, arrival.spool)
+        try:
+            self._read(item)
+            rows = self._crosswalk.encrypted(_identities(item))
+        finally:
+            written.result()
+        if item.row is None or self._recorder.record(rows, item.row) is not Recorded.NEW:
+            return False
+        item.outcome = Outcome(OutcomeKind.NEW, item.sop_uid, None, item.sha256)
+        return True
+
+    def stamp(self, sha256: str, site: str, sender: str) -> bytes:
+        """What makes a header of `radloop.dicom.landed` a proof of whence its file came."""
+        return self._pseudonymiser.seal(sha256, site, sender)
+
+    def remember(self, arrival: Received) -> None:
+        """Make the crosswalk entries of a registered file anew, which a power cut had taken."""
+        item = _Item(arrival, arrival.sha256)
+        self._read(item)
+        self._crosswalk.put_many(_identities(item))
+
+    def _keep(self, fresh: Sequence[_Item]) -> None:
+        """Crosswalk, files, catalog; each item gets its outcome."""
         self._crosswalk.put_many(entry for item in fresh for entry in _entries(item))
         self._write_files(fresh)
         self._register(fresh)
-        return [item.outcome for item in items if item.outcome is not None]
 
     def _pass_over_known(self, items: Sequence[_Item], *, again: bool) -> None:
         digests = [item.sha256 for item in items]
@@ -177,6 +214,7 @@ class Landing:
         """Header to row, or to a refusal."""
         try:
             item.header = header = read_header(item.arrival.data)
+            check_announced(item.arrival, header)
             item.sop_uid = self._pseudonymiser.uid(header.sop_uid)
             item.row = self._row(item, header)
         except DicomError as error:
@@ -271,7 +309,7 @@ class Landing:
     def keep_refused(self, arrivals: Sequence[tuple[Arrival, Reason, str]], *, stage: str) -> None:
         """Keep bytes that were refused before they became DICOM: (arrival, reason, detail without PHI)."""
         with self._lock(fcntl.LOCK_SH):
-            items = [(_Item(a, hashlib.sha256(a.data).hexdigest()), reason, detail) for a, reason, detail in arrivals]
+            items = [(_Item(a, _identity(a)), reason, detail) for a, reason, detail in arrivals]
             self._crosswalk.put_many(entry for item, _, _ in items for entry in _entries(item))
             self._write_files([item for item, _, _ in items])
             for item, reason, detail in items:
@@ -303,31 +341,11 @@ class Landing:
     # After a kill
 
     def recover(self) -> Recovered:
-        """Register files that were written but not yet recorded when a process was killed; remove half-written ones."""
-        removed, unknown, registered = 0, 0, 0
-        with self._lock(fcntl.LOCK_EX):
-            for leftover in [*self.landing.glob("??/.*.tmp"), *self.quarantine.glob("??/.*.tmp")]:
-                leftover.unlink(missing_ok=True)
-                removed += 1
-            orphans = self._orphans()
-            why = "register files left by an interrupted process"
-            sources = self._crosswalk.get_many(Identity.SOURCE, orphans, who=_MINE, why=why) if orphans else {}
-            for sha256, path in orphans.items():
-                if sha256 not in sources:
-                    unknown += 1
-                    continue
-                # Again: a conflict may be held already, and its copy in landing be what is left to remove.
-                self._receive([_arrival(path.read_bytes(), sources[sha256])], again=True)
-                registered += 1
-        return Recovered(registered=registered, removed=removed, unknown=unknown)
+        """Register files that a kill or a power cut left unregistered, make lost crosswalk entries anew, remove torn files."""
+        from radloop.dicom.recovery import recover
 
-    def _orphans(self) -> dict[str, Path]:
-        landed = {path.stem: path for path in sorted(self.landing.glob("??/*.dcm"))}
-        refused = {path.stem: path for path in sorted(self.quarantine.glob("??/*.bin"))}
-        known = self._catalog.known_sources(landed, self._pseudonymiser.key_id)
-        held = self._catalog.held_sources(refused)
-        orphans = {sha256: path for sha256, path in refused.items() if sha256 not in held}
-        return orphans | {sha256: path for sha256, path in landed.items() if sha256 not in known}
+        with self._lock(fcntl.LOCK_EX):
+            return recover(self)
 
     # Decisions of a person about what quarantine holds
 
@@ -418,71 +436,23 @@ class Landing:
         source = self._crosswalk.get(Identity.SOURCE, row.source_sha256, who=by, why=why)
         if source is None or not path.exists():
             raise DataError(f"the bytes of quarantine entry {row.id} are gone", next_step="send the instance again")
-        return _arrival(path.read_bytes(), source)
+        return arrival_from(path.read_bytes(), source)
 
 
-def write_durably(files: dict[Path, bytes]) -> None:
-    """Write files whole and for good: temporary name, fsync, rename, then fsync of every folder that changed.
-
-    Folders are made 0700, files 0600. A file that is there already is left: its name says what is in it.
-
-    Raises:
-        StorageFull: no space left; no temporary file is left behind.
-    """
-    folders = {target.parent for target in files}
-    temporary: dict[Path, Path] = {}
-    with storage_errors(STAGE):
-        for folder in sorted(folders):
-            if not folder.is_dir():
-                folder.mkdir(mode=0o700, exist_ok=True)
-                folders |= {folder.parent}
-        try:
-            for target, data in files.items():
-                if not target.exists():
-                    temporary[target] = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.tmp")
-                    _write(temporary[target], data)
-            _fsync(temporary.values())
-            for target, written in temporary.items():
-                written.rename(target)
-            _fsync(folders)
-        except BaseException:
-            for written in temporary.values():
-                written.unlink(missing_ok=True)
-            raise
-
-
-def _write(path: Path, data: bytes) -> None:
-    with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as handle:
-        handle.write(data)
-
-
-def _fsync(paths: Collection[Path]) -> None:
-    """Flush files and folders; many at once, since the file system then commits them together."""
-
-    def flush(path: Path) -> None:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-    if len(paths) < _SYNC_TOGETHER:
-        for path in paths:
-            flush(path)
-        return
-    with ThreadPoolExecutor(_SYNC_TOGETHER) as pool:
-        list(pool.map(flush, paths))
-
-
-def _arrival(data: bytes, source: dict[str, str]) -> Arrival:
-    path = source.get("path") or None
-    return Arrival(data=data, site=source["site"], sender=source["sender"], relative_path=path)
+def _identity(arrival: Arrival) -> str:
+    return arrival.sha256 if isinstance(arrival, Received) else identity(arrival.data)
 
 
 def _entries(item: _Item) -> Iterator[Entry]:
     arrival = item.arrival
     source = {"site": arrival.site, "sender": arrival.sender, "path": arrival.relative_path or ""}
     yield Entry(Identity.SOURCE, item.sha256, source)
+    yield from _identities(item)
+
+
+def _identities(item: _Item) -> Iterator[Entry]:
+    """What the pseudonyms of an instance stand for; whence it came is not among it."""
+    arrival = item.arrival
     if item.row is None or item.header is None:
         return
     row, header = item.row, item.header

@@ -124,6 +124,10 @@ class Pseudonymiser:
             raise DataError("an empty path has no key", expected="a path relative to the input folder", got="nothing")
         return "F" + self._mac("file", *parts).hex()[:32]
 
+    def seal(self, identity: str, site: str, sender: str) -> bytes:
+        """32 bytes that only this key can make: the proof that radloop itself wrote whence a landed file came."""
+        return self._mac("landing", identity, site, sender)
+
     def day_shift(self, patient: str) -> int:
         """By how many whole days all dates of this patient (a pseudonym) move: -1 to -3650, always into the past."""
         number = int.from_bytes(self._mac("day-shift", patient)[:8], "big")

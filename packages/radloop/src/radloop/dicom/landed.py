@@ -1,0 +1,303 @@
+"""The files of landing and quarantine: what they are named by, how they are written for good, whence one came.
+
+A file's name is the identity of what is in it. Two senders, or one sender by two routes, write another preamble and another
+group 0002 around one instance; the identity of a Part 10 file is therefore the SHA-256 of its transfer syntax UID, a zero byte
+and the data set. What is no Part 10 file is named by the SHA-256 of all its bytes.
+
+Where radloop itself writes the header (C-STORE brings none, PS3.7 section 9.1.1), it puts in whence the instance came: the
+calling AE title (0002,0016), and as private information (0002,0102) the site under a seal, an HMAC by the project key over
+identity, site and AE title. A power cut may then take the last commits of catalog and crosswalk: the file, which was fsynced
+before Success was answered, holds all that they need.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+import struct
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from radloop.catalog.database import storage_errors
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+Buffer = bytes | bytearray | memoryview
+"""The bytes of a file, in memory or mapped."""
+
+IMPLEMENTATION_CLASS_UID = "2.25.247998033190070116307791040783720953382"
+"""Of what radloop receives; also the creator of its private information (0002,0100)."""
+_VERSION_NAME = "RADLOOP"
+_SEAL_BYTES = 32
+_WHERE = "landing"
+_SYNC_TOGETHER = 8
+_LONG_VRS = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"))
+_SHORT_ELEMENT, _LONG_ELEMENT = struct.Struct("<HH2sH"), struct.Struct("<HH2sHI")
+
+Seal = Callable[[str, str, str], bytes]
+"""Identity, site, sender -> 32 bytes that only the project key can make: `Pseudonymiser.seal`."""
+
+
+class Came(msgspec.Struct, frozen=True, kw_only=True):
+    """What a file's own header says of its arrival: site, calling AE title, and the command's UIDs (PS3.7 section 9.3.1)."""
+
+    site: str
+    sender: str
+    sop_class_uid: str
+    sop_uid: str
+
+
+# Identity
+
+
+def identity(data: Buffer) -> str:
+    """What a file is named by, 64 hex digits: see this module's docstring."""
+    meta = _meta(data)
+    syntax = meta.text(0x0010) if meta is not None else ""
+    if meta is None or not syntax:
+        return hashlib.sha256(data).hexdigest()
+    digest = begin(syntax)
+    with memoryview(data) as view:
+        digest.update(view[meta.end :])
+    return digest.hexdigest()
+
+
+def begin(transfer_syntax_uid: str) -> _Hash:
+    """A digest to which the bytes of a data set are to be added: `identity` of the instance when all are."""
+    return hashlib.sha256(transfer_syntax_uid.encode("ascii", "replace") + b"\0")
+
+
+class _Meta(msgspec.Struct):
+    """Group 0002 of a Part 10 file: element number -> value, and where the data set begins."""
+
+    values: dict[int, bytes]
+    end: int
+
+    def text(self, element: int) -> str:
+        return self.values.get(element, b"").rstrip(b"\0 ").decode("ascii", "replace")
+
+
+def _meta(data: Buffer) -> _Meta | None:
+    """Group 0002, explicit VR little endian (PS3.10 section 7.1); None where there is none, or it is broken."""
+    if bytes(data[128:132]) != b"DICM":
+        return None
+    meta, end = _Meta({}, 132), len(data)
+    while meta.end + 8 <= end:
+        group, element, vr, length = _SHORT_ELEMENT.unpack_from(data, meta.end)
+        if group != 2:
+            break
+        value = meta.end + 8
+        if vr in _LONG_VRS:
+            if value + 4 > end:
+                return None
+            length, value = _LONG_ELEMENT.unpack_from(data, meta.end)[4], value + 4
+        if value + length > end or not vr.isalpha():
+            return None
+        meta.values[element] = bytes(data[value : value + length])
+        meta.end = value + length
+    return meta if meta.values else None
+
+
+# The header that radloop writes
+
+
+def header(*, sop_class_uid: str, sop_uid: str, transfer_syntax_uid: str, sender: str, site: str) -> bytes:
+    """Preamble and group 0002 (PS3.10 section 7.1) of an instance that is arriving, its seal still open (zeros)."""
+    private = bytes(_SEAL_BYTES) + site.encode()
+    elements = b"".join(
+        (
+            _LONG_ELEMENT.pack(2, 0x0001, b"OB", 0, 2) + b"\0\1",
+            _short(0x0002, b"UI", sop_class_uid, b"\0"),
+            _short(0x0003, b"UI", sop_uid, b"\0"),
+            _short(0x0010, b"UI", transfer_syntax_uid, b"\0"),
+            _short(0x0012, b"UI", IMPLEMENTATION_CLASS_UID, b"\0"),
+            _short(0x0013, b"SH", _VERSION_NAME, b" "),
+            _short(0x0016, b"AE", sender, b" "),
+            _short(0x0100, b"UI", IMPLEMENTATION_CLASS_UID, b"\0"),
+            _LONG_ELEMENT.pack(2, 0x0102, b"OB", 0, len(private) + len(private) % 2)
+            + private
+            + b"\0" * (len(private) % 2),
+        )
+    )
+    return bytes(128) + b"DICM" + _SHORT_ELEMENT.pack(2, 0, b"UL", 4) + struct.pack("<I", len(elements)) + elements
+
+
+def seal_at(head: bytes, site: str) -> slice:
+    """Where in what `header` made for this site the seal is to be written."""
+    private = _SEAL_BYTES + len(site.encode())
+    start = len(head) - private - private % 2
+    return slice(start, start + _SEAL_BYTES)
+
+
+def came(data: Buffer, sha256: str, seal: Seal) -> Came | None:
+    """Whence a file came by its own header; None when radloop did not write it, or it was changed."""
+    meta = _meta(data)
+    if meta is None or meta.text(0x0100) != IMPLEMENTATION_CLASS_UID:
+        return None
+    private, sender = meta.values.get(0x0102, b""), meta.text(0x0016)
+    site = private[_SEAL_BYTES:].rstrip(b"\0").decode(errors="replace")
+    if not site or not hmac.compare_digest(private[:_SEAL_BYTES], seal(sha256, site, sender)):
+        return None
+    return Came(site=site, sender=sender, sop_class_uid=meta.text(0x0002), sop_uid=meta.text(0x0003))
+
+
+def _short(element: int, vr: bytes, text: str, padding: bytes) -> bytes:
+    value = text.encode("ascii", "replace")
+    value += padding * (len(value) % 2)
+    return _SHORT_ELEMENT.pack(2, element, vr, len(value)) + value
+
+
+# Writing for good
+
+
+def place(target: Path, data: Buffer, spool: int | None = None) -> None:
+    """Put one file under its name, durable when this returns: temporary name, link, fsync, fsync of the folder.
+
+    The name appears at once and whole; only then is it flushed, so that the file system commits once. After a power cut within, a
+    torn file may stand under it, which its identity betrays (`radloop.dicom.recovery`).
+
+    Args:
+        target: `landing/XX/IDENTITY.dcm`.
+        data: what to write.
+        spool: an open file that holds these bytes already, on the same file system: it is linked instead of written.
+
+    Raises:
+        StorageFull: no space left; nothing is under the name.
+    """
+    with storage_errors(_WHERE):
+        handle = _open_new(target, data) if spool is None else _link_spool(target, data, spool)
+        if handle is None:  # there already, but perhaps not flushed yet
+            _flush(target)
+        else:
+            try:
+                os.fsync(handle)
+            except BaseException:
+                target.unlink(missing_ok=True)
+                raise
+            finally:
+                os.close(handle)
+        _flush(target.parent)
+
+
+def _open_new(target: Path, data: Buffer) -> int | None:
+    """Write and name; the open file, or None when the same bytes are under the name already."""
+    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.tmp")
+    handle = _create(temporary)
+    try:
+        _write_all(handle, data)
+        os.link(temporary, target)
+    except FileExistsError:
+        if _whole(target):
+            os.close(handle)
+            return None
+        os.replace(temporary, target)
+    except BaseException:
+        os.close(handle)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+    return handle
+
+
+def _create(path: Path) -> int:
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+    try:
+        return os.open(path, flags, 0o600)
+    except FileNotFoundError:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        _flush(path.parent.parent)
+        return os.open(path, flags, 0o600)
+
+
+def _link_spool(target: Path, data: Buffer, spool: int) -> int | None:
+    """Name an unnamed file (O_TMPFILE); where the system cannot, copy it."""
+    folder = os.open("/", os.O_RDONLY)
+    try:
+        target.parent.mkdir(mode=0o700, exist_ok=True)
+        # A folder handle makes Python call linkat, which follows /proc's link; link() would link the link.
+        os.link(f"/proc/self/fd/{spool}", target, src_dir_fd=folder, follow_symlinks=True)
+        return os.dup(spool)
+    except FileExistsError:
+        return None if _whole(target) else _open_new(target, data)
+    except OSError:
+        return _open_new(target, data)
+    finally:
+        os.close(folder)
+
+
+def _whole(path: Path) -> bool:
+    return identity(path.read_bytes()) == path.stem
+
+
+def write_durably(files: Mapping[Path, Buffer]) -> None:
+    """Write files whole and for good: temporary name, fsync, rename, then fsync of every folder that changed.
+
+    Folders are made 0700, files 0600. A file that is there already is left: its name says what is in it.
+
+    Raises:
+        StorageFull: no space left; no temporary file is left behind.
+    """
+    folders = {target.parent for target in files}
+    temporary: dict[Path, Path] = {}
+    with storage_errors(_WHERE):
+        for folder in sorted(folders):
+            if not folder.is_dir():
+                folder.mkdir(mode=0o700, exist_ok=True)
+                folders |= {folder.parent}
+        try:
+            for target, data in files.items():
+                if not (target.exists() and _whole(target)):
+                    temporary[target] = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.tmp")
+                    handle = _create(temporary[target])
+                    try:
+                        _write_all(handle, data)
+                    finally:
+                        os.close(handle)
+            _fsync([*temporary.values(), *(target for target in files if target not in temporary)])
+            for target, written in temporary.items():
+                written.rename(target)
+            _fsync(folders)
+        except BaseException:
+            for written in temporary.values():
+                written.unlink(missing_ok=True)
+            raise
+
+
+def move_durably(source: Path, target: Path) -> None:
+    """Move a file from landing to quarantine, for good."""
+    with storage_errors(_WHERE):
+        target.parent.mkdir(mode=0o700, exist_ok=True)
+        os.replace(source, target)
+        _fsync({target.parent, target.parent.parent, source.parent})
+
+
+def _write_all(handle: int, data: Buffer) -> None:
+    with memoryview(data) as view:
+        written = os.write(handle, view)
+        while written < len(view):
+            written += os.write(handle, view[written:])
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _fsync(paths: Collection[Path]) -> None:
+    """Flush files and folders; many at once, since the file system then commits them together."""
+    if len(paths) < _SYNC_TOGETHER:
+        for path in paths:
+            _flush(path)
+        return
+    with ThreadPoolExecutor(_SYNC_TOGETHER) as pool:
+        list(pool.map(_flush, paths))
