@@ -247,6 +247,27 @@ audit_sinks = Table(
     Column("at", String(32), nullable=False),
 )
 
+# What was fetched from a PACS (`catalog.fetched`): a study that has grown there is fetched again.
+pacs_studies = Table(
+    "pacs_studies",
+    metadata,
+    Column("source", String(64), primary_key=True),
+    Column("study_uid", String(64), primary_key=True),
+    Column("listed", Integer, nullable=False),
+    Column("missing", Integer, nullable=False),
+    Column("at", String(32), nullable=False),
+)
+
+# Which study dates were asked for; `since` is empty for all.
+pacs_queries = Table(
+    "pacs_queries",
+    metadata,
+    Column("source", String(64), primary_key=True),
+    Column("query", String(64), primary_key=True),
+    Column("since", String(10), nullable=False),
+    Column("through", String(10), nullable=False),
+)
+
 label_requests = Table(
     "label_requests",
     metadata,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import TracebackType
 
+from radloop.catalog.fetched import Fetched
 from radloop.catalog.labels import Labels
 from radloop.catalog.ledger import Ledger
 from radloop.catalog.lineage import Lineage
@@ -11,7 +12,7 @@ from radloop.catalog.patients import Patients
 from radloop.catalog.studies import Studies
 
 
-class Catalog(Studies, Labels, Lineage, Patients):
+class Catalog(Studies, Labels, Lineage, Patients, Fetched):
     """Instances, studies, quarantine, labels, patients' parts, dataset versions, models and the ledger of one project.
 
     Safe for several threads and several processes. Nothing identified is in it.

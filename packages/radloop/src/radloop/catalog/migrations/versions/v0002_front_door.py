@@ -40,6 +40,23 @@ def upgrade() -> None:
         sa.Column("at", sa.String(32), nullable=False),
         sa.PrimaryKeyConstraint("sink", name="pk_audit_sinks"),
     )
+    op.create_table(
+        "pacs_studies",
+        sa.Column("source", sa.String(64), nullable=False),
+        sa.Column("study_uid", sa.String(64), nullable=False),
+        sa.Column("listed", sa.Integer(), nullable=False),
+        sa.Column("missing", sa.Integer(), nullable=False),
+        sa.Column("at", sa.String(32), nullable=False),
+        sa.PrimaryKeyConstraint("source", "study_uid", name="pk_pacs_studies"),
+    )
+    op.create_table(
+        "pacs_queries",
+        sa.Column("source", sa.String(64), nullable=False),
+        sa.Column("query", sa.String(64), nullable=False),
+        sa.Column("since", sa.String(10), nullable=False),
+        sa.Column("through", sa.String(10), nullable=False),
+        sa.PrimaryKeyConstraint("source", "query", name="pk_pacs_queries"),
+    )
     _release_what_was_there()
     _chain_ledger()
 
