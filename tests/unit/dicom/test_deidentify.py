@@ -377,10 +377,18 @@ def test_refusals() -> None:
     ds, _ = image()
     ds.ImageType = ["DERIVED", "PRIMARY", "LABEL", "NONE"]
     refused(ds, Reason.BURNED_IN_DECLARED, "label")
-    for sop_class in ("1.2.840.10008.5.1.4.1.1.88.11", "1.2.840.10008.5.1.4.1.1.104.1", "1.2.840.113619.4.26", "1.2.3"):
+    for sop_class, match in (
+        ("1.2.840.10008.5.1.4.1.1.104.1", "does not de-identify such objects"),  # encapsulated PDF
+        ("1.2.840.10008.5.1.4.1.1.66", "does not de-identify such objects"),  # raw data
+        ("1.2.840.10008.5.1.4.1.1.77.1.4.1", "does not de-identify such objects"),  # video
+        ("1.2.840.10008.5.1.4.1.1.9.4.1", "a voice"),
+        ("1.2.840.10008.5.1.4.1.1.88.11", "without its content"),
+        ("1.2.840.113619.4.26", "does not de-identify such objects"),
+        ("1.2.3", "does not de-identify such objects"),
+    ):
         ds, _ = image()
         ds.SOPClassUID = sop_class
-        refused(ds, Reason.UNSUPPORTED_OBJECT, "images only")
+        refused(ds, Reason.UNSUPPORTED_OBJECT, match)
     for keyword in ("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "SOPClassUID"):
         ds, _ = image()
         ds[keyword].value = ""

@@ -28,6 +28,8 @@ class Reason(StrEnum):
     PHI_FOUND = "PHI_FOUND"
     BURNED_IN_DECLARED = "BURNED_IN_DECLARED"
     UNSUPPORTED_OBJECT = "UNSUPPORTED_OBJECT"
+    RECOGNIZABLE_FACE = "RECOGNIZABLE_FACE"
+    """The option clean-visual-features is asked for, and the images may show a face."""
     MULTI_CHANNEL = "MULTI_CHANNEL"
     MULTI_FRAME = "MULTI_FRAME"
     UNSUPPORTED_IMAGE = "UNSUPPORTED_IMAGE"

@@ -36,6 +36,7 @@ MEANING = {
     "PHI_FOUND": "identifying text was left after de-identification",
     "BURNED_IN_DECLARED": "it declares identifying text in the pixels",
     "UNSUPPORTED_OBJECT": "objects of this kind cannot be handled",
+    "RECOGNIZABLE_FACE": "the images may show a face, and the project asks that none does",
     "MULTI_CHANNEL": "it has colour channels that differ",
     "MULTI_FRAME": "it has several frames",
     "UNSUPPORTED_IMAGE": "it cannot be wrapped as DICOM without inventing something",

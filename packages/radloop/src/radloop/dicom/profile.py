@@ -1,11 +1,8 @@
-"""What happens to each attribute: DICOM PS3.15 Table E.1-1 (edition 2024e) and radloop's rules for what it leaves open.
+"""What happens to each attribute: DICOM PS3.15 Annex E and radloop's rules for what it leaves open.
 
-`profile_table.csv` carries the facts of Table E.1-1: the Basic profile's action and one column for each option.
-`iod_types.csv` carries from PS3.3 the Type (1, 2 or 3; a conditional attribute counts as its unconditional one) of the
-attributes whose action depends on it, by enclosing sequence; `image_iods.csv` the image SOP classes and their IODs.
-
-Rules for attributes that Table E.1-1 does not name (it leaves these to the implementation):
-- not in the standard's dictionary, private, retired repeating groups: removed;
+The tables are in `profile_tables`. Rules for attributes that Table E.1-1 does not name (it leaves these to the
+implementation):
+- not in the standard's dictionary, private, retired repeating groups: removed (`retain-safe-private` keeps some);
 - free text (LO LT SH ST UC UT UR PN AE) and UN: kept if on `KEPT_TEXT`, else emptied or replaced if the IOD demands the
   attribute, else removed; codes are kept if their scheme is a public one (`PUBLIC_SCHEMES`), else replaced;
 - code strings and numbers: kept if their bytes are what the VR allows, else removed;
@@ -15,20 +12,34 @@ Rules for attributes that Table E.1-1 does not name (it leaves these to the impl
 
 from __future__ import annotations
 
-import csv
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import lru_cache
-from importlib import resources
 from types import MappingProxyType
 
 from pydicom._dicom_dict import DicomDictionary
 
+from radloop.dicom.profile_tables import (
+    TABLE_SOURCE,
+    Row,
+    attribute_type,
+    image_iods,
+    kinds,
+    storage_classes,
+    table,
+    tables_digest,
+)
 from radloop.errors import SettingsError
 
-TABLE_SOURCE = "DICOM PS3.15 2024e, Table E.1-1"
+__all__ = [
+    "TABLE_SOURCE",
+    "attribute_type",
+    "image_iods",
+    "storage_classes",
+    "table",
+    "tables_digest",
+]
 
 TEXT_VRS = frozenset({"LO", "LT", "SH", "ST", "UC", "UT", "UR", "PN", "AE"})
 BULK_VRS = frozenset({"OB", "OW", "OF", "OD", "OL", "OV"})
@@ -51,6 +62,10 @@ KEPT_BULK = frozenset(
     AlphaPaletteColorLookupTableData SegmentedRedPaletteColorLookupTableData
     SegmentedGreenPaletteColorLookupTableData SegmentedBluePaletteColorLookupTableData
     SegmentedAlphaPaletteColorLookupTableData RecommendedDisplayCIELabValueList
+    SpectroscopyData VectorGridData PointCoordinatesData DoublePointCoordinatesData VectorCoordinateData
+    LongPrimitivePointIndexList PrimitivePointIndexList TrianglePointIndexList EdgePointIndexList
+    VertexPointIndexList LongTrianglePointIndexList LongEdgePointIndexList LongVertexPointIndexList
+    FloatingPointValues AnnotationIndexList TrackPointIndexList
     """)
 )
 CLASS_UIDS = frozenset(
@@ -61,13 +76,24 @@ CLASS_UIDS = frozenset(
     ReferencedRelatedGeneralSOPClassUIDInFile PertinentSOPClassesInStudy PertinentSOPClassesInSeries
     """)
 )
-# Pictures, drawings, text and sounds inside an image object, and what signs the original bytes.
-REMOVED_SEQUENCES = frozenset(
+# Kept in waveform objects only (ECG, EEG and their like; audio is refused).
+WAVEFORM_BULK = frozenset({"WaveformData", "WaveformPaddingValue", "ChannelMinimumValue", "ChannelMaximumValue"})
+# Pictures inside an object, and what signs or encrypts the original.
+REMOVED = frozenset(
     str.split("""
-    IconImageSequence GraphicAnnotationSequence ContentSequence WaveformSequence EncryptedAttributesSequence
-    MACParametersSequence DirectoryRecordSequence TextObjectSequence GraphicObjectSequence CompoundGraphicSequence
+    IconImageSequence EncryptedAttributesSequence MACParametersSequence DirectoryRecordSequence SpecificCharacterSet
+    OtherStudyNumbers
     """)
 )
+# Drawings and their texts: gone without clean-graphics.
+GRAPHICS = frozenset(
+    str.split("""
+    GraphicAnnotationSequence TextObjectSequence GraphicObjectSequence CompoundGraphicSequence
+    """)
+)
+# Content items (PS3.3 section 10.2 and C.17.3): gone without clean-structured-content.
+CONTENT = frozenset({"ContentSequence", "WaveformAnnotationSequence"})
+CONTENT_TEXT = frozenset({"TextValue", "UnformattedTextValue"})
 # PS3.16 section 8 and HL7's external schemes: public vocabularies, whose codes name no person or place of a hospital.
 PUBLIC_SCHEMES = frozenset(
     str.split("""
@@ -86,9 +112,11 @@ class Action(Enum):
     KEEP = auto()
     """Bytes as they are: numbers and bulk data."""
     KEEP_STRING = auto()
-    """As it is if it is what its VR allows (CS, DS, IS, TM, and kept UI), else removed."""
+    """As it is if it is what its VR allows (CS, DS, IS, DA, DT, TM, and kept UI), else removed."""
     KEEP_TEXT = auto()
     """Decoded and written again in the output's character set."""
+    CLEAN = auto()
+    """Text of which the words of the vocabulary stay; if none does, what the Basic profile does (`Profile.basic`)."""
     CODE = auto()
     """Part of a coded entry: kept for a public scheme, else replaced."""
     MAP_UID = auto()
@@ -98,61 +126,54 @@ class Action(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One row of Table E.1-1: the Basic profile's action, and the options' (`K` keep, `C` clean)."""
+class Option:
+    """An option of PS3.15 section E.3: its name here, its code and meaning (PS3.16 CID 7050), its column of the table."""
 
-    keyword: str
-    basic: str
-    options: Mapping[str, str]
-
-
-@lru_cache(maxsize=1)
-def table() -> Mapping[int, Row]:
-    """Table E.1-1 by tag number; the repeating groups 50xx and 60xx and private groups are handled by rule."""
-    rows: dict[int, Row] = {}
-    for record in _read("profile_table.csv"):
-        tag, keyword, basic = record.pop("tag"), record.pop("keyword"), record.pop("basic")
-        if tag != "private" and "x" not in tag:
-            options = {name: action for name, action in record.items() if action}
-            rows[int(tag, 16)] = Row(keyword, basic, MappingProxyType(options))
-    return MappingProxyType(rows)
+    name: str
+    code: str
+    meaning: str
+    column: str
 
 
-@lru_cache(maxsize=1)
-def image_iods() -> Mapping[str, str]:
-    """SOP class UID to IOD, for every image storage class but the video ones."""
-    return MappingProxyType({r["sop_class_uid"]: r["iod"] for r in _read("image_iods.csv")})
-
-
-@lru_cache(maxsize=1)
-def _types() -> Mapping[tuple[str, str], tuple[str, Mapping[str, str]]]:
-    types: dict[tuple[str, str], tuple[str, Mapping[str, str]]] = {}
-    for r in _read("iod_types.csv"):
-        exceptions: dict[str, str] = {}
-        for group in filter(None, r["exceptions"].split(";")):
-            kind, iods = group.split(":")
-            exceptions.update(dict.fromkeys(iods.split(), kind))
-        types[r["keyword"], r["parent"]] = (r["type"], exceptions)
-    return MappingProxyType(types)
-
-
-def attribute_type(iod: str, keyword: str, parent: str = "") -> str | None:
-    """The Type (`1`, `2` or `3`) of an attribute in an IOD, where it decides something; None if not tabled.
-
-    Args:
-        iod: as `image_iods` names it.
-        keyword: the attribute.
-        parent: keyword of the sequence it stands in, empty at the top level.
-    """
-    entry = _types().get((keyword, parent))
-    return None if entry is None else entry[1].get(iod, entry[0])
+OPTIONS = MappingProxyType(
+    {
+        option.name: option
+        for option in (
+            Option("clean-pixel-data", "113101", "Clean Pixel Data Option", ""),
+            Option("clean-visual-features", "113102", "Clean Recognizable Visual Features Option", ""),
+            Option("clean-graphics", "113103", "Clean Graphics Option", "graphics"),
+            Option("clean-structured-content", "113104", "Clean Structured Content Option", "structured"),
+            Option("clean-descriptors", "113105", "Clean Descriptors Option", "descriptors"),
+            Option(
+                "retain-full-dates",
+                "113106",
+                "Retain Longitudinal Temporal Information Full Dates Option",
+                "full_dates",
+            ),
+            Option(
+                "retain-modified-dates",
+                "113107",
+                "Retain Longitudinal Temporal Information Modified Dates Option",
+                "modified_dates",
+            ),
+            Option("retain-patient-characteristics", "113108", "Retain Patient Characteristics Option", "patient"),
+            Option("retain-device-identity", "113109", "Retain Device Identity Option", "device"),
+            Option("retain-uids", "113110", "Retain UIDs Option", "uids"),
+            Option("retain-safe-private", "113111", "Retain Safe Private Option", "private"),
+            Option("retain-institution-identity", "113112", "Retain Institution Identity Option", "institution"),
+        )
+    }
+)
 
 
 def resolve(compound: str, kind: str | None) -> str:
-    """One of X, Z, D, U of a compound action such as `X/Z/D`: the mildest that keeps the IOD valid (PS3.15 E.1.1).
+    """One of X, Z, D, U of an action such as `X/Z/D`: the mildest that keeps the IOD valid (PS3.15 E.1.1).
 
-    Where the Type is not known, the choice that keeps any IOD valid: D (or U*) before Z before X.
+    Where the Type is not known, the choice that keeps any IOD valid: D (or U*) before Z before X. A Z of an attribute
+    of Type 1 is a dummy value, which Z allows.
     """
+    if compound == "Z":
+        return "D" if kind == "1" else "Z"
     choices = compound.split("/")
     order = {"3": "XZDU", "2": "ZDUX", "1": "DUZX", None: "DUZX"}[kind]
     return min((c[0] for c in choices), key=order.index)
@@ -160,29 +181,64 @@ def resolve(compound: str, kind: str | None) -> str:
 
 @dataclass(frozen=True)
 class Profile:
-    """A named profile: the Basic profile and its options.
+    """A named profile and the options that apply.
 
     Attributes:
         name: `basic` or `research`.
-        options: columns of the table that apply.
-        codes: DeidentificationMethodCodeSequence (0012,0064), code value and meaning, PS3.16 CID 7050.
-        temporal: LongitudinalTemporalInformationModified (0028,0303).
+        options: names of `OPTIONS`, in the order of their codes.
     """
 
     name: str
     options: tuple[str, ...]
-    codes: tuple[tuple[str, str], ...]
-    temporal: str
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """The columns of Table E.1-1 that apply."""
+        return _columns(self.options)
+
+    @property
+    def codes(self) -> tuple[tuple[str, str], ...]:
+        """DeidentificationMethodCodeSequence (0012,0064): code value and meaning, PS3.16 CID 7050.
+
+        Clean Pixel Data is not among them: it is listed for an instance whose pixels were cleaned.
+        """
+        chosen = [OPTIONS[name] for name in self.options if name != "clean-pixel-data"]
+        return ("113100", "Basic Application Confidentiality Profile"), *((o.code, o.meaning) for o in chosen)
+
+    @property
+    def temporal(self) -> str:
+        """LongitudinalTemporalInformationModified (0028,0303)."""
+        return "UNMODIFIED" if self.keeps_dates else "MODIFIED" if self.shifts_dates else "REMOVED"
 
     @property
     def shifts_dates(self) -> bool:
         """Whether dates stay, moved by whole days."""
-        return "modified_dates" in self.options
+        return "retain-modified-dates" in self.options
+
+    @property
+    def keeps_dates(self) -> bool:
+        """Whether dates stay as they are."""
+        return "retain-full-dates" in self.options
 
     @property
     def keeps_patient(self) -> bool:
         """Whether sex, age and other coded characteristics stay."""
-        return "patient" in self.options
+        return "retain-patient-characteristics" in self.options
+
+    @property
+    def keeps_uids(self) -> bool:
+        """Whether UIDs stay as they are."""
+        return "retain-uids" in self.options
+
+    @property
+    def cleans_faces(self) -> bool:
+        """Whether images that may show a face must not pass as they are."""
+        return "clean-visual-features" in self.options
+
+    @property
+    def keeps_private(self) -> bool:
+        """Whether private elements of Table E.3.10-1 stay; `action` says REMOVE of every private element."""
+        return "retain-safe-private" in self.options
 
     def action(self, tag: int, vr: str, iod: str, parent: str = "") -> Action:
         """What to do with an element.
@@ -193,23 +249,23 @@ class Profile:
         """
         return _action(self, tag, vr, iod, parent)
 
+    def basic(self, tag: int, vr: str, iod: str, parent: str = "") -> Action:
+        """What the Basic profile alone does with an attribute: where CLEAN left nothing."""
+        return _action(BASIC, tag, vr, iod, parent)
+
     def option(self, tag: int) -> str:
         """`K` or `C` if one of this profile's options speaks of the attribute, else an empty string."""
         row = table().get(tag)
-        return "" if row is None else next((row.options[o] for o in self.options if o in row.options), "")
+        return "" if row is None else next((row.options[c] for c in row.options if c in self.columns), "")
 
 
-BASIC = Profile("basic", (), (("113100", "Basic Application Confidentiality Profile"),), "REMOVED")
-RESEARCH = Profile(
-    "research",
-    ("modified_dates", "patient"),
-    (
-        ("113100", "Basic Application Confidentiality Profile"),
-        ("113107", "Retain Longitudinal Temporal Information Modified Dates Option"),
-        ("113108", "Retain Patient Characteristics Option"),
-    ),
-    "MODIFIED",
-)
+@lru_cache(maxsize=256)
+def _columns(options: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(OPTIONS[name].column for name in options) - {""}
+
+
+BASIC = Profile("basic", ())
+RESEARCH = Profile("research", ("retain-modified-dates", "retain-patient-characteristics"))
 PROFILES = MappingProxyType({p.name: p for p in (BASIC, RESEARCH)})
 
 
@@ -224,12 +280,31 @@ def named(name: str) -> Profile:
     return PROFILES[name]
 
 
-def tables_digest() -> str:
-    """sha256 over the three data files."""
-    digest = hashlib.sha256()
-    for name in ("profile_table.csv", "iod_types.csv", "image_iods.csv"):
-        digest.update(resources.files(__package__).joinpath(name).read_bytes())
-    return digest.hexdigest()
+def chosen(name: str, options: Sequence[str] = ()) -> Profile:
+    """A named profile with further options, each by its name or its code.
+
+    Raises:
+        SettingsError: no such profile or option, or two that contradict each other.
+    """
+    base = named(name)
+    by_code = {option.code: option.name for option in OPTIONS.values()}
+    wanted = set(base.options)
+    for given in options:
+        option = by_code.get(given, given)
+        if option not in OPTIONS:
+            raise SettingsError(
+                "unknown de-identification option",
+                expected=", ".join(f"{o.name} ({o.code})" for o in OPTIONS.values()),
+                got=given,
+            )
+        wanted.add(option)
+    if {"retain-full-dates", "retain-modified-dates"} <= wanted:
+        raise SettingsError(
+            "dates cannot stay and be moved: retain-full-dates (113106) excludes retain-modified-dates (113107)",
+            expected="one of the two (PS3.15 section E.3.6); the profile research has retain-modified-dates",
+            next_step='set profile = "basic" and options = ["retain-full-dates", "retain-patient-characteristics"]',
+        )
+    return Profile(name, tuple(option for option in OPTIONS if option in wanted))
 
 
 def is_identifying_uid(tag: int) -> bool:
@@ -243,48 +318,66 @@ def is_identifying_uid(tag: int) -> bool:
 def _action(profile: Profile, tag: int, vr: str, iod: str, parent: str) -> Action:
     entry = DicomDictionary.get(tag)
     group, element = tag >> 16, tag & 0xFFFF
-    # SpecificCharacterSet is written anew for what the output holds.
     if entry is None or group % 2 or group in (0x0000, 0x0002, 0x0004) or element == 0:
         return Action.REMOVE
     keyword = entry[4]
-    if (
-        keyword in REMOVED_SEQUENCES
-        or keyword in ("SpecificCharacterSet", "OtherStudyNumbers")
-        or not _vr_fits(vr, entry[0])
-    ):
+    if keyword in REMOVED or not _vr_fits(vr, entry[0]):
         return Action.REMOVE
+    if keyword in GRAPHICS:
+        return Action.RECURSE if "graphics" in profile.columns else Action.REMOVE
+    if keyword in CONTENT:
+        return Action.RECURSE if "structured" in profile.columns else Action.REMOVE
+    if keyword == "WaveformSequence":
+        return Action.RECURSE if kinds().get(iod) == "waveform" else Action.REMOVE
+    if keyword in CONTENT_TEXT and profile.columns & {"graphics", "structured"}:
+        return Action.CLEAN
     row = table().get(tag)
     if row is None:
         return _unlisted(profile, keyword, vr, iod, parent)
     optional = _optional(profile, row, vr)
-    if optional is not None:
-        return optional
-    letter = resolve(row.basic, attribute_type(iod, keyword, parent) if "/" in row.basic else None)
-    return _basic(letter, vr)
+    return optional if optional is not None else _basic(row, vr, attribute_type(iod, row.keyword, parent))
 
 
-def _basic(letter: str, vr: str) -> Action:
+def _basic(row: Row, vr: str, kind: str | None) -> Action:
+    letter = resolve(row.basic, kind)
     if letter == "X":
         return Action.REMOVE
     if letter == "Z":
         return Action.EMPTY
-    if vr == "SQ":
-        return Action.RECURSE
+    if vr == "SQ":  # a code that names a person or a place is replaced whole
+        return Action.DUMMY if letter == "D" and row.keyword.endswith("CodeSequence") else Action.RECURSE
     return Action.MAP_UID if vr == "UI" else Action.DUMMY
 
 
 def _optional(profile: Profile, row: Row, vr: str) -> Action | None:
-    if profile.shifts_dates and "modified_dates" in row.options:
-        if vr in ("DA", "DT"):
+    """What the profile's options do to an attribute of the table; None: the Basic profile decides."""
+    columns = profile.columns
+    if "full_dates" in row.options and columns & {"full_dates", "modified_dates"}:
+        if vr in ("DA", "DT") and profile.shifts_dates:
             return Action.SHIFT
-        if vr == "TM" or row.keyword == "TimezoneOffsetFromUTC":
+        if vr in ("DA", "DT", "TM") or row.keyword == "TimezoneOffsetFromUTC":
             return Action.KEEP_STRING  # whole days move, so times of day stay true
-    # Characteristics that are text (EthnicGroup, Allergies, ...) would need a person to read them: Basic's action.
-    if profile.keeps_patient and row.options.get("patient") == "K" and vr not in TEXT_VRS:
-        if row.keyword in ("PatientAge", "SelectorASValue"):
-            return Action.AGE
-        return Action.KEEP if vr in NUMBER_VRS else Action.KEEP_STRING
+    for column in ("uids", "device", "institution", "patient", "structured", "descriptors"):
+        if column in columns and column in row.options:
+            found = _kept(row, vr, column)
+            if found is not None:
+                return found
     return None
+
+
+def _kept(row: Row, vr: str, column: str) -> Action | None:
+    if vr == "SQ":
+        return Action.RECURSE
+    if vr in TEXT_VRS:
+        # Who a patient is in somebody's words (EthnicGroup, Allergies, ...) is cleaned even where the table says keep.
+        return Action.KEEP_TEXT if row.options[column] == "K" and column != "patient" else Action.CLEAN
+    if row.options[column] != "K":
+        return None
+    if row.keyword in ("PatientAge", "SelectorASValue"):
+        return Action.AGE
+    if vr in NUMBER_VRS:
+        return Action.KEEP
+    return Action.KEEP_STRING if vr in ("CS", "DS", "IS", "DA", "DT", "TM", "UI") else None
 
 
 def _unlisted(profile: Profile, keyword: str, vr: str, iod: str, parent: str) -> Action:
@@ -295,16 +388,17 @@ def _unlisted(profile: Profile, keyword: str, vr: str, iod: str, parent: str) ->
     if vr in ("CS", "DS", "IS"):
         return Action.KEEP_STRING
     if vr == "UI":
-        return Action.KEEP_STRING if keyword in CLASS_UIDS else Action.MAP_UID
+        return Action.KEEP_STRING if keyword in CLASS_UIDS or profile.keeps_uids else Action.MAP_UID
     if vr in BULK_VRS:
-        return Action.KEEP if keyword in KEPT_BULK else Action.REMOVE
+        kept = keyword in KEPT_BULK or (keyword in WAVEFORM_BULK and kinds().get(iod) == "waveform")
+        return Action.KEEP if kept else Action.REMOVE
     if keyword in KEPT_TEXT:
         return Action.KEEP_TEXT
     if keyword in CODE_TEXT:
         return Action.CODE
     if vr in ("DA", "DT") and profile.shifts_dates:
         return Action.SHIFT
-    if vr == "TM" and profile.shifts_dates:
+    if vr in ("DA", "DT", "TM") and (profile.shifts_dates or profile.keeps_dates):
         return Action.KEEP_STRING
     kind = attribute_type(iod, keyword, parent)
     if vr == "AS" or vr == "UN" or kind in (None, "3") or keyword == "URNCodeValue":
@@ -318,8 +412,3 @@ def _vr_fits(vr: str, standard: str) -> bool:
         return True
     allowed = set(standard.split(" or "))
     return (vr in BULK_VRS and bool(allowed & BULK_VRS)) or (vr in NUMBER_VRS and bool(allowed & NUMBER_VRS))
-
-
-def _read(name: str) -> list[dict[str, str]]:
-    text = resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-    return list(csv.DictReader(text.splitlines()))

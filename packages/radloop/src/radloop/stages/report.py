@@ -39,6 +39,7 @@ MEANING = {
     Reason.PHI_FOUND: "identifying text was left after cleaning",
     Reason.BURNED_IN_DECLARED: "text is burned into the image, as it says itself",
     Reason.UNSUPPORTED_OBJECT: "an object that cannot be de-identified safely yet",
+    Reason.RECOGNIZABLE_FACE: "the images may show a face",
     Reason.MULTI_CHANNEL: "a colour image",
     Reason.MULTI_FRAME: "several frames in one instance",
 }

@@ -11,7 +11,6 @@ import io
 import os
 import threading
 from collections import Counter
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -60,23 +59,24 @@ class Deidentifier:
 
     Args:
         pseudonymiser: the project's.
-        profile: `research` (dates shifted, sex and age kept) or `basic` (neither).
+        profile: `research` (dates shifted, sex and age kept), `basic` (neither), or what `profile.chosen` made.
 
     Raises:
         SettingsError: no such profile.
     """
 
-    def __init__(self, pseudonymiser: Pseudonymiser, *, profile: str = "research") -> None:
+    def __init__(self, pseudonymiser: Pseudonymiser, *, profile: str | Profile = "research") -> None:
         self.pseudonymiser = pseudonymiser
-        self.profile: Profile = named(profile)
-        self.digest: str = _digest(self.profile.name)
+        self.profile: Profile = profile if isinstance(profile, Profile) else named(profile)
+        self.digest: str = _digest(self.profile)
+        self._codes = frozenset(code for code, _ in self.profile.codes)
         self.kept_keywords: frozenset[str] = frozenset(
             row.keyword for tag, row in table().items() if self._retains(tag, DicomDictionary.get(tag, ("",))[0])
         )
 
     def _retains(self, tag: int, vr: str) -> bool:
         action = self.profile.action(tag, vr, "") if self.profile.option(tag) else Action.REMOVE
-        return action in (Action.SHIFT, Action.KEEP, Action.KEEP_STRING, Action.AGE)
+        return action not in (Action.REMOVE, Action.EMPTY, Action.DUMMY, Action.MAP_UID, Action.RECURSE)
 
     def clean(self, ds: Dataset, *, site: str) -> Dataset:
         """A de-identified copy, with file meta information written anew and the preamble zeroed.
@@ -95,10 +95,10 @@ class Deidentifier:
         return self._clean(ds, site, None)
 
     def _clean(self, ds: Dataset, site: str, tally: Counter[tuple[str, str]] | None) -> Dataset:
-        syntax, iod = check(ds, self.pseudonymiser.key_id)
+        syntax, iod = check(ds, self.profile, self.pseudonymiser.key_id)
         patient = self.pseudonymiser.patient(text_of(ds, "PatientID"), text_of(ds, "IssuerOfPatientID") or site)
         shift = self.pseudonymiser.day_shift(patient)
-        items = Items(self.profile, self.pseudonymiser, iod=iod, shift_days=shift, syntax=UID(syntax), tally=tally)
+        items = Items(self.profile, self.pseudonymiser, ds, iod=iod, shift_days=shift, syntax=UID(syntax), tally=tally)
         try:
             out = items.clean(ds, "")
         except RecursionError:
@@ -238,15 +238,12 @@ def _put(data: bytes, target: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def _digest(profile: str) -> str:
+def _digest(profile: Profile) -> str:
     """Changes when the profile, its tables or the code that applies them change."""
-    digest = hashlib.sha256(f"{profile} {tables_digest()}".encode())
-    room = resources.files(__package__)
-    for folder in (room, room.joinpath("../burned_in")):
-        if folder.is_dir():
-            for file in sorted(folder.iterdir(), key=lambda file: file.name):
-                if file.name.endswith((".py", ".csv", ".toml")):
-                    digest.update(file.read_bytes())
-    for name in ("profile.py", "uids.py"):
-        digest.update(room.joinpath(f"../{name}").read_bytes())
+    digest = hashlib.sha256(f"{profile.name} {' '.join(profile.options)} {tables_digest()}".encode())
+    here = Path(__file__).parent
+    files = [*here.glob("*.*"), *(here.parent / "burned_in").glob("*.*"), *here.parent.glob("profile*.py")]
+    for file in [*sorted(files), here.parent / "uids.py"]:
+        if file.suffix in (".py", ".csv", ".toml", ".txt"):
+            digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -8,7 +8,7 @@ from pydicom.dataset import Dataset
 
 from radloop.catalog.reason import Reason
 from radloop.dicom.deidentify.values import number_of, refuse, text_of
-from radloop.dicom.profile import image_iods
+from radloop.dicom.profile import Profile, storage_classes
 
 # Transfer syntaxes whose codestreams the gate can read: uncompressed, RLE and the JPEG families. No video.
 TRANSFER_SYNTAXES = frozenset(
@@ -17,7 +17,22 @@ TRANSFER_SYNTAXES = frozenset(
 )
 
 
-def check(ds: Dataset, key_id: str) -> tuple[str, str]:
+_NO_IMAGE = {
+    "": "radloop does not de-identify such objects",
+    "audio": "a voice cannot be de-identified",
+}
+# Body parts whose volume shows a face, as BodyPartExamined (0018,0015) and AnatomicRegionSequence say it (PS3.16 CID 4).
+_FACES = frozenset(
+    str.split("""
+    BRAIN CEREBELLUM CHEEK CEREBHEM CRANIALVENSYS CSPINE CTSPINE EAR ETHMOIDSIN EYE EYELID FACE FRONTALSIN HEAD
+    HEADNECK IAC JAW LIP MANDIBLE MASTOID MAXILLA MAXSINUS MOUTH NASOPHARYNX NECK NOSE OPTICCANAL ORBIT PARANASALSINUS
+    PARANASALSIN PAROTID PHARYNX PITUITARY SELLA SINUS SKULL TEETH TEMPLE TMJ TONGUE WHOLEBODY ZYGOMA
+    """)
+)
+_VOLUMES = frozenset({"CT", "MR", "PT", "XC"})
+
+
+def check(ds: Dataset, profile: Profile, key_id: str) -> tuple[str, str]:
     """Transfer syntax and IOD of an instance that can be made safe; raises DicomError for any other."""
     syntax = text_of(getattr(ds, "file_meta", None) or Dataset(), "TransferSyntaxUID")
     if syntax not in TRANSFER_SYNTAXES:
@@ -26,16 +41,51 @@ def check(ds: Dataset, key_id: str) -> tuple[str, str]:
     for keyword in ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID"):
         if not text_of(ds, keyword):
             refuse(Reason.MISSING_UID, f"{keyword} is missing or empty", "a UID")
-    iod = image_iods().get(text_of(ds, "SOPClassUID"))
-    if iod is None:
-        refuse(Reason.UNSUPPORTED_OBJECT, "radloop de-identifies images only", "an image storage SOP class")
+    iod, kind = storage_classes().get(text_of(ds, "SOPClassUID"), ("", ""))
+    _check_kind(iod, kind, profile)
+    _check_pixels(ds)
+    if profile.cleans_faces and shows_face(ds):
+        refuse(
+            Reason.RECOGNIZABLE_FACE,
+            "clean-visual-features (113102) is asked for, and the images may show a face",
+            "no head; radloop has no cleaner for faces",
+        )
+    if f"key {key_id}" in text_of(ds, "DeidentificationMethod").split("\\"):
+        refuse(Reason.UNSUPPORTED_OBJECT, "already de-identified by radloop under this key", "an original instance")
+    return syntax, iod
+
+
+def _check_kind(iod: str, kind: str, profile: Profile) -> None:
+    if not kind:
+        what = "audio" if iod.endswith("audio-waveform") else ""
+        refuse(
+            Reason.UNSUPPORTED_OBJECT,
+            _NO_IMAGE[what],
+            "an image, a report, an RT or other object of PS3.3",
+            iod or None,
+        )
+    if kind == "structured" and "structured" not in profile.columns:
+        refuse(
+            Reason.UNSUPPORTED_OBJECT,
+            "without its content a report says nothing",
+            "the option clean-structured-content (113104) for reports and key object selections",
+            iod,
+        )
+
+
+def _check_pixels(ds: Dataset) -> None:
     if text_of(ds, "BurnedInAnnotation").upper() not in ("NO", ""):
         refuse(Reason.BURNED_IN_DECLARED, "BurnedInAnnotation declares text in the pixels", "NO, or absent")
     if "LABEL" in text_of(ds, "ImageType").upper().split("\\"):
         refuse(Reason.BURNED_IN_DECLARED, "ImageType says LABEL: a photographed label", "an image without a label")
-    if f"key {key_id}" in text_of(ds, "DeidentificationMethod").split("\\"):
-        refuse(Reason.UNSUPPORTED_OBJECT, "already de-identified by radloop under this key", "an original instance")
     for group in {tag.group for tag in list(ds.keys()) if tag.group & 0xFF00 == 0x6000 and tag.element == 0x0102}:
         if (group, 0x3000) not in ds and number_of(ds, group, 0x0102) != 0:
             refuse(Reason.UNSUPPORTED_OBJECT, "an overlay hides in unused bits of the pixels", "no such overlay")
-    return syntax, iod
+
+
+def shows_face(ds: Dataset) -> bool:
+    """Whether a volume of these images may be rendered into a face (PS3.15 E.3.2); where nothing is said, it may."""
+    if text_of(ds, "Modality").upper() not in _VOLUMES or "PixelData" not in ds:
+        return False
+    part = re.sub(r"[^A-Z]", "", text_of(ds, "BodyPartExamined").upper())
+    return not part or part in _FACES or any(part.startswith(word) for word in ("HEAD", "FACE", "SKULL", "BRAIN"))

@@ -13,25 +13,30 @@ from pydicom.datadict import keyword_for_tag
 from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
+from pydicom.tag import BaseTag, Tag
 from pydicom.uid import UID
 
+from radloop.dicom.deidentify.descriptors import cleaned, own_words
+from radloop.dicom.deidentify.private import as_vr, safe_elements
 from radloop.dicom.deidentify.values import capped, plain, text_of, values_of, vr_of, with_values
-from radloop.dicom.profile import PUBLIC_SCHEMES, Action, Profile
+from radloop.dicom.profile import PUBLIC_SCHEMES, TEXT_VRS, Action, Profile
 from radloop.dicom.uids import Pseudonymiser
 from radloop.errors import DicomError
 
 _CODED = re.compile(r"[A-Za-z0-9 _.,+/&()*#:;<>=%'-]{0,64}")
-_STRINGS = {
+STRINGS = {
     "CS": re.compile(r"[A-Za-z0-9 _.+/&()*-]{0,16}"),
     "DS": re.compile(r" *[+-]?[0-9.]*([eE][+-]?[0-9]+)? *"),
     "IS": re.compile(r" *[+-]?[0-9]{0,12} *"),
+    "DA": re.compile(r"([0-9]{8}|[0-9]{4}\.[0-9]{2}\.[0-9]{2})?"),
+    "DT": re.compile(r"([0-9]{4}([0-9]{2}){0,5}(\.[0-9]{1,6})?([+-][0-9]{4})?)?"),
     "TM": re.compile(r"[0-9.: ]{0,16}"),
     "UI": re.compile(r"[0-9.]{0,64} ?"),
     "SH": re.compile(r"([+-][0-9]{4} *)?"),  # TimezoneOffsetFromUTC, the one SH that is kept as a string
 }
 _DATE = re.compile(r"(\d{4})[.-]?(\d{2})?[.-]?(\d{2})?")
 _DATETIME = re.compile(r"(\d{4})(\d{2})?(\d{2})?(\d{0,6}(\.\d{1,6})?([+-]\d{4})?)")
-_DUMMIES: dict[str, str | bytes | int | float] = {
+DUMMIES: dict[str, str | bytes | int | float] = {
     "DA": "19000101",
     "DT": "19000101000000",
     "TM": "000000",
@@ -44,8 +49,9 @@ _DUMMIES: dict[str, str | bytes | int | float] = {
     "UN": b"\0\0",
     "US": 0,
 }
+NUMBER_BYTES = {"US": 2, "SS": 2, "UL": 4, "SL": 4, "FL": 4, "AT": 4, "FD": 8, "UV": 8, "SV": 8}
 DUMMY_TEXT = "REMOVED"
-_LOCAL_CODE = {"CodeValue": DUMMY_TEXT, "CodingSchemeDesignator": "99RADLOOP", "CodeMeaning": DUMMY_TEXT}
+LOCAL_CODE = {"CodeValue": DUMMY_TEXT, "CodingSchemeDesignator": "99RADLOOP", "CodeMeaning": DUMMY_TEXT}
 _CODE_KEYWORDS = ("CodeValue", "LongCodeValue", "URNCodeValue", "CodeMeaning", "CodingSchemeDesignator")
 MAX_DEPTH = 64
 
@@ -54,6 +60,7 @@ class Items:
     """Cleans one instance's items, outermost first. Holds what is the same for all of them.
 
     Args:
+        root: the whole data set, whose names are kept out of cleaned descriptors.
         shift_days: by how many days the patient's dates move; syntax: the transfer syntax of source and output.
         tally: counts what was done by (keyword path without item numbers, `Action` name), if given.
     """
@@ -62,6 +69,7 @@ class Items:
         self,
         profile: Profile,
         pseudonymiser: Pseudonymiser,
+        root: Dataset,
         *,
         iod: str,
         shift_days: int,
@@ -71,9 +79,12 @@ class Items:
         self.profile, self.pseudonymiser, self.iod, self.tally = profile, pseudonymiser, iod, tally
         self.shift, self.syntax = timedelta(days=shift_days), syntax
         self.path: list[str] = []
+        self.root, self._secret = root, None  # type: Dataset, frozenset[str] | None
+        self.kept_codes = frozenset({"InstitutionCodeSequence"} if "institution" in profile.columns else ())
         self.handlers: dict[Action, Callable[[DataElement, str], DataElement | None]] = {
             Action.EMPTY: lambda e, vr: DataElement(e.tag, vr, Sequence() if vr == "SQ" else None),
-            Action.DUMMY: lambda e, vr: DataElement(e.tag, vr, _DUMMIES.get(vr, DUMMY_TEXT)),
+            Action.DUMMY: lambda e, vr: DataElement(e.tag, vr, _dummy(vr)),
+            Action.CLEAN: self._cleaned,
             Action.KEEP_TEXT: lambda e, vr: with_values(e, vr, plain(values_of(e))),
             Action.MAP_UID: lambda e, vr: with_values(e, vr, [v and self.pseudonymiser.uid(v) for v in values_of(e)]),
             Action.SHIFT: lambda e, vr: with_values(e, vr, [self._shifted(v, vr) for v in values_of(e)]),
@@ -89,15 +100,18 @@ class Items:
         native = source.original_encoding == encoding
         if native:
             out.set_original_encoding(*encoding, out._character_set)
-        public = is_public_code(source)
+        public = True if parent in self.kept_codes else is_public_code(source)
         for tag in list(source.keys()):
+            if tag.is_private:
+                continue
             action = self._action(source, tag, parent, public)
             new = None if action is Action.REMOVE else self._element(source, tag, action, native)
             self._count(tag, Action.REMOVE if new is None else action)
             if new is not None:
                 out[tag] = new
+        self._keep_private(source, out)
         if public is False:
-            for keyword, value in _LOCAL_CODE.items():
+            for keyword, value in LOCAL_CODE.items():
                 setattr(out, keyword, value)
         return out
 
@@ -121,7 +135,7 @@ class Items:
                 if element.VR == "UN":
                     return None
             if action is Action.KEEP:
-                return element if isinstance(element, RawDataElement) else copy.copy(element)
+                return kept_bytes(element)
             if action is Action.KEEP_STRING:
                 return kept_string(element)
             return self.handlers[action](source[tag], source[tag].VR)
@@ -130,10 +144,47 @@ class Items:
         except Exception:  # noqa: BLE001 - bytes that are not what the VR says: unreadable, so not kept
             return None
 
+    def _cleaned(self, element: DataElement, vr: str) -> DataElement | None:
+        """The words of a vocabulary; where none is left, what the Basic profile does."""
+        if self._secret is None:
+            self._secret = own_words(self.root)
+        texts = [cleaned(value, self._secret) for value in values_of(element)]
+        if any(texts):
+            return with_values(element, vr, texts)
+        basic = self.profile.basic(int(element.tag), vr, self.iod, self.path[-1] if self.path else "")
+        return self.handlers[basic](element, vr) if basic in self.handlers else None
+
+    def _keep_private(self, source: Dataset, out: Dataset) -> None:
+        """Elements of PS3.15 Table E.3.10-1, each with the element that reserves its block, where they stood."""
+        safe = {tag: rest for tag, *rest in safe_elements(source)} if self.profile.keeps_private else {}
+        for tag in [t for t in list(source.keys()) if t.is_private and not t.is_private_creator]:
+            creator, vr = safe.get(tag, ("", ""))
+            new = self._private(source, tag, vr) if vr else None
+            self._count(tag, Action.REMOVE if new is None else Action.KEEP)
+            if new is not None:
+                out[tag] = new
+                block = Tag(tag.group, tag.element >> 8)
+                out[block] = DataElement(block, "LO", creator)
+
+    def _private(self, source: Dataset, tag: BaseTag, vr: str) -> DataElement | RawDataElement | None:
+        try:
+            element = as_vr(source, tag, vr)
+            if vr == "SQ":
+                return self._recurse(element, vr)
+            if vr == "UI" and not self.profile.keeps_uids:
+                return self.handlers[Action.MAP_UID](element, vr)
+            if vr in TEXT_VRS:
+                return with_values(element, vr, plain(values_of(element)))
+            return kept_string(element) if vr in STRINGS else element
+        except (DicomError, RecursionError):
+            raise
+        except Exception:  # noqa: BLE001 - bytes that are not what the list says: not kept
+            return None
+
     def _recurse(self, element: DataElement, vr: str) -> DataElement:
         if len(self.path) >= MAX_DEPTH:
             raise RecursionError
-        keyword = keyword_for_tag(element.tag)
+        keyword = keyword_for_tag(element.tag) or str(element.tag)
         self.path.append(keyword)
         items = [self.clean(item, keyword) for item in element.value]
         self.path.pop()
@@ -154,9 +205,26 @@ class Items:
         return digits[:precision] + time_of_day
 
 
+def _dummy(vr: str) -> Any:
+    """A value that identifies nobody; of a code sequence one item with a code that means nothing."""
+    if vr != "SQ":
+        return DUMMIES.get(vr, DUMMY_TEXT)
+    item = Dataset()
+    for keyword, value in LOCAL_CODE.items():
+        setattr(item, keyword, value)
+    return Sequence([item])
+
+
+def kept_bytes(element: DataElement | RawDataElement) -> DataElement | RawDataElement | None:
+    """The element as it is; a number whose bytes are not whole numbers goes."""
+    if not isinstance(element, RawDataElement):
+        return copy.copy(element)
+    return None if len(element.value or b"") % NUMBER_BYTES.get(vr_of(element), 1) else element
+
+
 def kept_string(element: DataElement | RawDataElement) -> DataElement | RawDataElement | None:
     """The element if each value is what its VR allows: a name in a code string or a number goes."""
-    pattern = _STRINGS[vr_of(element)]
+    pattern = STRINGS[vr_of(element)]
     if isinstance(element, RawDataElement):
         values = (element.value or b"").decode("ascii", "replace").rstrip(" \0").split("\\")
     else:
