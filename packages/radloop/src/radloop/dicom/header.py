@@ -1,7 +1,8 @@
 """What must be known of an instance when it arrives: who it is, and whether it is whole.
 
 Two readers look at the bytes. pydicom decides what the attributes say, as it will in every later stage. A walk over the
-element lengths (PS3.5 section 7) decides whether the file was cut, which pydicom passes over in silence.
+element lengths (PS3.5 section 7) decides whether the file was cut, which pydicom passes over in silence. A plain file
+that is in order needs neither: `_plain` reads it from its bytes, with the same result, and leaves all doubt to the two.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
+from functools import lru_cache
 from io import BytesIO
 from typing import Any
 
@@ -22,6 +24,8 @@ from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian
 from pydicom.values import convert_value
 
 from radloop.catalog.reason import Reason
+from radloop.dicom import spans
+from radloop.dicom.layout import Picker
 from radloop.errors import DicomError
 
 _KEYWORDS = [
@@ -41,6 +45,8 @@ _KEYWORDS = [
     "BitsAllocated",
     "PhotometricInterpretation",
 ]
+_IDENTITY = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
+_NUMBERS = frozenset({"Rows", "Columns", "SamplesPerPixel", "BitsAllocated"})
 _DICOMDIR = "1.2.840.10008.1.3.10"
 _VIDEO_FROM = "1.2.840.10008.1.2.4.10"  # MPEG2, MPEG-4 AVC, HEVC: one stream for all frames
 _UID = re.compile(r"[0-9]+(\.[0-9]+)+")
@@ -81,13 +87,17 @@ class _Pixels(msgspec.Struct):
     fragments: int | None  # None: native
 
 
-def read_header(data: bytes) -> Header:
+def read_header(data: bytes | bytearray | memoryview) -> Header:
     """Read the identity of one instance and check that it is whole. The pixel data are not decoded.
 
     Raises:
         DicomError: NOT_DICOM, TRUNCATED, UNKNOWN_TRANSFER_SYNTAX, MISSING_UID, UNSUPPORTED_OBJECT (a DICOMDIR) or
             NO_PIXELS. Messages hold no value of an attribute.
     """
+    return _plain(data) or _read(bytes(data))
+
+
+def _read(data: bytes) -> Header:
     preamble = data[128:132] == b"DICM"
     if not preamble and not _looks_like_a_dataset(data):
         raise _refuse(Reason.NOT_DICOM, "no DICM prefix, and does not begin with a DICOM element")
@@ -112,11 +122,15 @@ def read_header(data: bytes) -> Header:
     if not preamble and not all(_is_uid(values[keyword]) for keyword in ("SOPClassUID", "SOPInstanceUID")):
         raise _refuse(Reason.NOT_DICOM, "no DICM prefix, and no SOPClassUID and SOPInstanceUID")
     pixels = _walk_file(data, syntax, values)
-    for keyword in ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID"):
+    for keyword in _IDENTITY:
         if not _is_uid(values[keyword]):
             raise _refuse(Reason.MISSING_UID, f"{keyword} is missing or is no UID")
     if pixels is None and _is_image(values):
         raise _refuse(Reason.NO_PIXELS, "an image without pixel data")
+    return _header(syntax, values)
+
+
+def _header(syntax: str, values: dict[str, str]) -> Header:
     return Header(
         sop_class_uid=values["SOPClassUID"],
         sop_uid=values["SOPInstanceUID"],
@@ -128,6 +142,82 @@ def read_header(data: bytes) -> Header:
         modality=values["Modality"].strip()[:16] or None,
         transfer_syntax_uid=syntax,
     )
+
+
+# ---- plain files, from their bytes
+
+_META = ("MediaStorageSOPClassUID", "TransferSyntaxUID")
+_pick_meta = Picker([int(Tag(keyword)) for keyword in _META], whole=True).pick
+_pick = Picker([*(int(Tag(keyword)) for keyword in _KEYWORDS), *_PIXEL_TAGS], whole=True).pick
+_PLAIN = re.compile(rb"[ -~]*\0?")
+_COUNT = re.compile(rb" *[0-9]+ *")
+
+
+def _plain(data: bytes | bytearray | memoryview) -> Header | None:
+    """The header of a plain little-endian file in which nothing is wrong; None for any other."""
+    start = spans.meta_end(data)
+    try:
+        if not start:
+            return None
+        meta = [_uid(data, place) for place in _pick_meta(data, 132, start, implicit=False)]
+        syntax = meta[1]
+        if meta[0] == _DICOMDIR or not _plain_syntax(syntax):
+            return None
+        places = _pick(data, start, len(data), implicit=syntax == ImplicitVRLittleEndian)
+    except (spans.NotPlain, spans.NeedMore):
+        return None
+    charset, *rest = places[: len(_KEYWORDS)]
+    if charset is not None and not spans.holds_ascii(bytes(data[slice(*charset)])):
+        return None
+    values = {"SpecificCharacterSet": ""}
+    for keyword, place in zip(_KEYWORDS[1:], rest, strict=True):
+        value = "" if place is None else _plain_value(keyword, bytes(data[place[0] : place[1]]))
+        if value is None:
+            return None
+        values[keyword] = value
+    return _checked(data, syntax, values, places[len(_KEYWORDS) :])
+
+
+def _checked(
+    data: bytes | bytearray | memoryview, syntax: str, values: dict[str, str], found: list[tuple[int, int] | None]
+) -> Header | None:
+    """The header if the instance has its UIDs and, where it is an image, its pixels."""
+    if not all(_is_uid(values[keyword]) for keyword in _IDENTITY):
+        return None
+    here = [(tag, place) for tag, place in zip(_PIXEL_TAGS, found, strict=True) if place is not None]
+    if len(here) > 1 or (not here and _is_image(values)):
+        return None
+    try:
+        for tag, (begin, end) in here:
+            count, size = None, end - begin
+            if bytes(data[begin - 4 : begin]) == b"\xff\xff\xff\xff":
+                parts, _ = spans.fragments(data, begin, end)
+                count, size = max(len(parts) - 1, 0), sum(last - first for first, last in parts)
+            _check_pixel_bytes(_Pixels(tag, size, count), syntax, values)
+    except (_Cut, spans.NotPlain):
+        return None
+    return _header(syntax, values)
+
+
+def _uid(data: bytes | bytearray | memoryview, place: tuple[int, int] | None) -> str:
+    return "" if place is None else bytes(data[place[0] : place[1]]).rstrip(b"\0 ").decode("latin-1")
+
+
+def _plain_value(keyword: str, value: bytes) -> str | None:
+    """An attribute as `_value` gives it; None where that is not obvious from the bytes."""
+    if keyword in _NUMBERS:
+        return str(int.from_bytes(value, "little")) if len(value) == 2 else None if value else ""
+    if _PLAIN.fullmatch(value) is None or (keyword == "NumberOfFrames" and value and not _COUNT.fullmatch(value)):
+        return None
+    text = value.decode("ascii").rstrip("\0 ")
+    return "\\".join(part.rstrip("\0 ") for part in text.split("\\")) if "\\" in text else text
+
+
+@lru_cache(maxsize=256)
+def _plain_syntax(syntax: str) -> bool:
+    """Whether a data set in this transfer syntax is little endian and not deflated as a whole."""
+    odd = (ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian)
+    return _known_syntax(syntax) and syntax not in odd and "Deflate" not in UID(syntax).name
 
 
 def _refuse(reason: Reason, detail: str) -> DicomError:
@@ -151,7 +241,12 @@ def _is_uid(value: str) -> bool:
 
 
 def _is_image(values: dict[str, str]) -> bool:
-    return bool(values["Rows"]) or "Image Storage" in UID(values["SOPClassUID"]).name
+    return bool(values["Rows"]) or _is_image_class(values["SOPClassUID"])
+
+
+@lru_cache(maxsize=1024)
+def _is_image_class(uid: str) -> bool:
+    return "Image Storage" in UID(uid).name
 
 
 def _value(dataset: pydicom.Dataset, keyword: str) -> str:
@@ -166,7 +261,8 @@ def _value(dataset: pydicom.Dataset, keyword: str) -> str:
     if isinstance(element, RawDataElement):
         if element.value is None:
             return ""
-        value = convert_value(element.VR or dictionary_VR(tag), element, dataset.original_character_set)
+        vr = element.VR if element.VR not in (None, "UN") else dictionary_VR(tag)
+        value = convert_value(vr, element, dataset.original_character_set)
     else:
         value = element.value
     if isinstance(value, (list, MultiValue)):
