@@ -1,0 +1,163 @@
+"""The elements of a data set as the PHI gate sees them, and their values as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+from pydicom._dicom_dict import DicomDictionary
+from pydicom.dataset import Dataset
+
+from radloop.dicom.phi.words import Charset, text_values
+from radloop.dicom.profile import NUMBER_VRS, TEXT_VRS
+from radloop.dicom.spans import PIXEL_DATA, Buffer, NotPlain, items, scan
+
+Seen = tuple[str, int, str, bytes | tuple[str, ...], Charset]
+"""One element that is no sequence: path of its item (empty, or `KeywordSequence[0].`), tag, VR, value, character set.
+The value as its bytes stand in the file, or as texts where somebody has decoded it."""
+
+
+class _NoneDull(dict[tuple[int, str], bool]):
+    def __missing__(self, key: tuple[int, str]) -> bool:
+        return False
+
+
+_NONE_DULL = _NoneDull()
+
+
+def seen(ds: Dataset, path: str = "", charset: Charset = ()) -> Iterator[Seen]:
+    """Every element of a data set and of its sequences' items, as the gate sees it.
+
+    A value that pydicom has not decoded is passed on as its bytes. A private sequence is itself one, too.
+    """
+    charset = _charset(ds, charset)
+    for tag in list(ds.keys()):
+        element = ds.get_item(tag, keep_deferred=True)
+        vr = _vr(element.VR, int(tag))
+        if vr != "SQ":
+            yield path, int(tag), vr, _value(ds, element, vr), charset
+            continue
+        try:
+            items: Any = ds[tag].value or []
+        except Exception:  # noqa: BLE001 - not the sequence it says it is
+            items = []
+        if tag.is_private:
+            yield path, int(tag), vr, (), charset
+        here = path + (keyword(int(tag)) or tag_text(int(tag)))
+        for number, item in enumerate(items):
+            yield from seen(item, f"{here}[{number}].", charset)
+
+
+def seen_in(
+    data: Buffer,
+    start: int,
+    end: int,
+    *,
+    implicit: bool = False,
+    path: str = "",
+    charset: Charset = (),
+    dull: Mapping[tuple[int, str], bool] = _NONE_DULL,
+) -> list[Seen]:
+    """As `seen`, from the bytes of a plain data set or item; pixel data is left out.
+
+    Args:
+        data: the file's bytes, or its first bytes up to PixelData; start, end: of the data set, as for `spans.scan`.
+        implicit: of the transfer syntax; path, charset: of the item that it is.
+        dull: by tag and VR, whether elements are left out.
+
+    Raises:
+        NotPlain, NeedMore: as `spans.scan`.
+    """
+    found: list[Seen] = []
+    for tag, written, _, value, following in scan(data, start, end, implicit=implicit, last=PIXEL_DATA - 3):
+        vr = written if len(written) == 2 and written != "UN" else _vr(written, tag)
+        if dull[tag, vr]:
+            continue
+        if vr == "SQ":
+            if written == "UN":
+                raise NotPlain  # a sequence in disguise; pydicom knows how to read it
+            if tag >> 16 & 1:
+                found.append((path, tag, vr, (), charset))
+            here = path + (keyword(tag) or tag_text(tag))
+            for number, (first, last) in enumerate(items(data, value, following, implicit=implicit)):
+                inner = f"{here}[{number}]."
+                found += seen_in(data, first, last, implicit=implicit, path=inner, charset=charset, dull=dull)
+            continue
+        held = data[value:following]
+        if held.__class__ is not bytes:
+            held = bytes(held)
+        if tag == 0x00080005:
+            charset = _split_charset(held)
+        found.append((path, tag, vr, held, charset))
+    return found
+
+
+def _charset(ds: Dataset, inherited: Charset) -> Charset:
+    if 0x00080005 not in ds:
+        return inherited
+    value = ds.get_item(0x00080005).value
+    if isinstance(value, bytes):
+        return _split_charset(value)
+    return tuple(str(v).strip(" \0") for v in ([value] if isinstance(value, str) else value or ()))
+
+
+@lru_cache(maxsize=256)
+def _split_charset(value: bytes) -> Charset:
+    return tuple(part.strip(" \0") for part in value.decode("latin-1").split("\\"))
+
+
+def _value(ds: Dataset, element: Any, vr: str) -> bytes | tuple[str, ...]:
+    value = element.value
+    if isinstance(value, bytes):
+        return value
+    if value is None and element.is_raw:  # read only now
+        try:
+            value = ds[element.tag].value
+        except Exception:  # noqa: BLE001 - pydicom raises many kinds on bytes that are not what the VR says
+            return ()
+    if value is None or isinstance(value, bytes):
+        return value or ()
+    many = not isinstance(value, str) and hasattr(value, "__iter__") and not hasattr(value, "components")
+    return tuple(str(v).strip(" \0") for v in value) if many else (str(value).strip(" \0"),)
+
+
+def strings(vr: str, value: bytes | tuple[str, ...], charset: Charset) -> tuple[str, ...]:
+    """The values of an element as texts; PersonName with all its component groups."""
+    if isinstance(value, tuple) or not value:
+        return value or ()
+    if vr in TEXT_VRS:
+        return text_values(value, vr, charset)
+    if vr in NUMBER_VRS:
+        return (str(int.from_bytes(value, "little")),)
+    return tuple(v.strip(" \0") for v in value.decode("latin-1").split("\\"))
+
+
+def first_date(value: bytes | tuple[str, ...]) -> str:
+    """The first value of a DA as YYYYMMDD, if it is a date at all."""
+    text = value[:10].decode("latin-1") if isinstance(value, bytes) else value[0] if value else ""
+    return text.replace(".", "")[:8]
+
+
+def date_part(value: bytes | tuple[str, ...]) -> bytes | tuple[str, ...]:
+    """The date part of a DA or DT, which a series shares where the times differ."""
+    if isinstance(value, bytes) and b"\\" not in value and value[:8].isdigit():
+        return value[:8]
+    return value
+
+
+def keyword(tag: int) -> str:
+    """A tag's keyword; empty if the standard has none."""
+    entry = DicomDictionary.get(tag)
+    return "" if entry is None else entry[4]
+
+
+def tag_text(tag: int) -> str:
+    """A tag as `(0029,1010)`."""
+    return f"({tag >> 16:04X},{tag & 0xFFFF:04X})"
+
+
+def _vr(vr: str | None, tag: int) -> str:
+    if vr is None or vr == "UN":
+        vr = DicomDictionary.get(tag, ("UN",))[0]
+    return vr.split(" or ")[-1] if len(vr) > 2 else vr
