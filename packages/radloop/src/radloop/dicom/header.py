@@ -303,6 +303,19 @@ def _walk_file(data: bytes, syntax: str, values: dict[str, str]) -> _Pixels | No
         return _Pixels(0x7FE00010, 0, None) if b"\xe0\x7f" in data or b"\x7f\xe0" in data else None
 
 
+def check_whole(data: bytes, ds: pydicom.Dataset) -> None:
+    """Check that a file ends where its lengths say.
+
+    Args:
+        data: the file's bytes; ds: what pydicom read from them.
+
+    Raises:
+        DicomError: TRUNCATED.
+    """
+    syntax = str(ds.file_meta.get("TransferSyntaxUID", "") or "")
+    _walk_file(data, syntax, {keyword: _value(ds, keyword) for keyword in _KEYWORDS})
+
+
 def _walk_meta(data: bytes) -> int:
     """Where the data set begins: after the elements of group 0002, whatever their group length says."""
     position = 132 if data[128:132] == b"DICM" else 0

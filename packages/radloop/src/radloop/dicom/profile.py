@@ -169,11 +169,13 @@ OPTIONS = MappingProxyType(
 def resolve(compound: str, kind: str | None) -> str:
     """One of X, Z, D, U of an action such as `X/Z/D`: the mildest that keeps the IOD valid (PS3.15 E.1.1).
 
-    Where the Type is not known, the choice that keeps any IOD valid: D (or U*) before Z before X. A Z of an attribute
-    of Type 1 is a dummy value, which Z allows.
+    Where the Type is not known, the choice that keeps any IOD valid: D (or U*) before Z before X. Z allows a dummy value
+    as well as an empty one: it is D for an attribute of Type 1, and replaced UIDs (U) for references of Type 2.
     """
     if compound == "Z":
         return "D" if kind == "1" else "Z"
+    if compound == "X/Z/U*":
+        return "X" if kind == "3" else "U"
     choices = compound.split("/")
     order = {"3": "XZDU", "2": "ZDUX", "1": "DUZX", None: "DUZX"}[kind]
     return min((c[0] for c in choices), key=order.index)

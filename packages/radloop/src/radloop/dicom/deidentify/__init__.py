@@ -28,6 +28,7 @@ from radloop.dicom import phi
 from radloop.dicom.deidentify.check import TRANSFER_SYNTAXES, check
 from radloop.dicom.deidentify.items import DUMMY_TEXT, MAX_DEPTH, Items
 from radloop.dicom.deidentify.values import age_of, refuse, text_of, texts_of
+from radloop.dicom.header import check_whole
 from radloop.dicom.profile import Action, Profile, named, table, tables_digest
 from radloop.dicom.tags import describe
 from radloop.dicom.uids import Pseudonymiser
@@ -126,7 +127,9 @@ class Deidentifier:
             PhiError: PHI_FOUND, the gate found identifying text; the message names tag paths.
             OSError: the disk is full or the file cannot be read.
         """
-        original = read(source.read_bytes())
+        data = source.read_bytes()
+        original = read(data)
+        check_whole(data, original)
         # Two rooms join here: text in the pixels is decided and cleaned before the header is (burned_in); where the
         # pixels stay as they are, the header's bytes can be rewritten without a Dataset (fast.try_clean).
         out = self._clean(original, site, tally)
@@ -150,7 +153,7 @@ class Deidentifier:
         reread = read(data)
         if not _same_pixels(original, reread):
             refuse(Reason.UNSUPPORTED_OBJECT, "pixel data did not survive being written", "the same bytes")
-        leaks = phi.find_leaks(original, reread, file_name=name, kept_keywords=self.kept_keywords)
+        leaks = phi.find_leaks(original, reread, file_name=name, kept_keywords=self.kept_keywords, options=self._codes)
         if leaks:
             more = f" and {len(leaks) - 8} more" if len(leaks) > 8 else ""
             raise PhiError(
