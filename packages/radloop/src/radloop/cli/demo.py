@@ -39,9 +39,12 @@ wait_s = 120.0
 # The first model is often wrong at site B, so the two must disagree there; the judge still stops on errors and delay.
 [release.judge]
 minimum_patients = 40
+error_rate = 0.15
+slow = 0.15
 agreement = 0.5
-mean_absolute_difference = 0.4
-ks_distance = 0.6
+mean_absolute_difference = 0.5
+score_shift = 0.5
+accuracy_difference = 0.3
 
 [watch]
 retrain_patients_per_class = 15
@@ -76,10 +79,12 @@ wait_s = 60.0
 [release.judge]
 minimum_patients = 30
 latency_floor_ms = 250.0
-agreement = 0.5
-mean_absolute_difference = 0.4
-ks_distance = 0.7
 error_rate = 0.25
+slow = 0.25
+agreement = 0.4
+mean_absolute_difference = 0.6
+score_shift = 0.6
+accuracy_difference = 0.5
 
 [watch]
 retrain_patients_per_class = 4

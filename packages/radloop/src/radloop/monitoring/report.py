@@ -372,9 +372,9 @@ def _label(name: Any) -> str:
         "non_inferiority": "Non-inferiority",
         "l_infty": "L-infinity",
         "jensen_shannon_divergence": "Jensen-Shannon",
-        "ks_distance": "KS distance",
-        "auc_difference": "AUC difference",
-        "latency_p95_ratio": "Latency ratio (95th percentile)",
+        "slow": "Share that waited longer",
+        "sensitivity_difference": "Sensitivity lost",
+        "specificity_difference": "Specificity lost",
     }
     text = str(name) if name else "–"
     return known.get(text, text.replace("_", " ").capitalize())

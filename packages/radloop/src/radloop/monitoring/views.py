@@ -36,7 +36,7 @@ SECTIONS = (
 
 _PASS = {
     "pass", "passed", "ok", "stable", "kept", "clean", "succeeded", "promoted", "approved", "released", "sent",
-    "closed", "operationally_safe", "serving", "champion",
+    "closed", "operationally_safe", "non_inferior", "serving", "champion",
 }  # fmt: skip
 _STOP = {
     "fail", "failed", "stop", "stopped", "refused", "drifted", "degraded", "rolled back", "rejected", "harm", "error",

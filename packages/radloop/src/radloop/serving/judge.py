@@ -1,14 +1,17 @@
-"""Is the challenger safe to go on with? One look at the pairs of answers collected so far.
+"""Is the challenger safe to go on with? Asked as often as one likes, while traffic flows.
 
-The unit is the patient: a patient with thirty images is one observation, and intervals resample patients
-(`scipy.stats.bootstrap`, percentile; Efron & Tibshirani 1993) or are exact for a share of patients (Clopper & Pearson
-1934). Bounds are one-sided at `Margins.confidence`.
+The unit is the patient: one with thirty images is one observation, the first image that both models were asked about (in a
+step, for errors and delay; in the release, for the answers), in the order of asking. Each figure is a mean of bounded
+observations and comes with a confidence sequence: an interval that holds at all times at once, so that looking after every
+patient, and stopping whenever one likes, keeps the stated error rates. Shares by the beta-binomial mixture (Howard, Ramdas,
+McAuliffe & Sekhon, Annals of Statistics 49, 2021), other means by hedged betting (Waudby-Smith & Ramdas, JRSS B 86, 2024,
+theorem 3), both from `ville`, the one package of these that has a wheel; tests hold its error rates against simulation.
 
-**This judge looks once a step, at a fixed number of patients.** Looking again and again until the verdict pleases would
-raise its error rates beyond the stated ones: call it once a step, when the step's patients are together. It is not
-anytime-valid.
-
-Without labels the best verdict is "operationally safe": nothing here says that the challenger's answers are right.
+- "harm": an interval is wholly beyond its margin. All figures together err with probability 1 - `confidence` (Bonferroni).
+- "operationally_safe": every interval is wholly within its margin. A figure that is truly beyond its margin passes with
+  probability at most 1 - `confidence` (intersection-union). Without labels nothing here says that the answers are right.
+- "non_inferior": that, and adjudicated labels show sensitivity and specificity within `accuracy_difference` of the champion's.
+- "undetermined": the patients so far do not tell.
 """
 
 from __future__ import annotations
@@ -18,54 +21,57 @@ from typing import Any, Literal
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from radloop.errors import ServingError
 from radloop.serving.predictions import OK, Pair
 
-Verdict = Literal["operationally_safe", "harm", "undetermined"]
-Floats = NDArray[np.float64]
-_RESAMPLES = 1999
-_RESAMPLES_ONE_BY_ONE = 499  # for statistics that scipy cannot compute for all resamples at once
-_SEED = 20260101  # a verdict on the same pairs is the same verdict
+Verdict = Literal["non_inferior", "operationally_safe", "harm", "undetermined"]
+_GRID = 2000
+_RARE = (0.5, 4.5)
+"""Prior of a share that should be small (mean 0.1): it makes the interval narrow there; it is valid whatever the share is."""
 
 
 class Margins(msgspec.Struct, frozen=True):
-    """What is still acceptable, and from how many patients on anything is said.
+    """What is still acceptable, and from how many patients on a step may end.
 
-    error_rate: share of patients with a request that the challenger did not answer although the champion did.
-    latency_p95_ratio: challenger's over champion's 95th percentile of the patients' median latencies; latencies below
-        latency_floor_ms count as that, because nobody waits for them.
-    agreement: least share of a patient's requests with the same decision, mean over patients.
+    minimum_patients: answered by both models in a step, before it may be called safe.
+    confidence: of every statement; see above.
+    error_rate: share of patients whose request the challenger did not answer although the champion did.
+    slow: share of patients who waited for the challenger longer than latency_ratio times what they waited for the champion;
+        waits below latency_floor_ms are none.
+    agreement: least share of patients with the same decision.
     mean_absolute_difference: of the two probabilities, mean over patients.
-    ks_distance: largest distance between the two cumulative distributions of the patients' mean probability.
-    auc_difference: how much lower the challenger's area under the ROC curve may be (paired), if there are labels.
+    score_shift: mean of the challenger's minus the champion's probability, to either side. Beyond it is a reason to look, not
+        harm: a better model moves scores too.
+    accuracy_difference: how much lower the challenger's sensitivity, and its specificity, may be, where there are labels.
     """
 
-    minimum_patients: int = 30
+    minimum_patients: int = 40
     confidence: float = 0.95
     error_rate: float = 0.10
-    latency_p95_ratio: float = 2.0
+    slow: float = 0.10
+    latency_ratio: float = 2.0
     latency_floor_ms: float = 100.0
     agreement: float = 0.70
     mean_absolute_difference: float = 0.25
-    ks_distance: float = 0.40
-    auc_difference: float = 0.05
+    score_shift: float = 0.25
+    accuracy_difference: float = 0.05
 
     def __post_init__(self) -> None:
         """Raises ServingError on margins that mean nothing."""
-        shares = (self.error_rate, self.agreement, self.mean_absolute_difference, self.ks_distance, self.auc_difference)
-        sane = self.minimum_patients >= 2 and 0.5 < self.confidence < 1 and self.latency_p95_ratio > 0
-        if not sane or self.latency_floor_ms < 0 or not all(0 <= share <= 1 for share in shares):
+        shares = (self.error_rate, self.slow, self.agreement, self.mean_absolute_difference, self.score_shift)
+        sane = self.minimum_patients >= 2 and 0.5 < self.confidence < 1 and self.latency_ratio > 0
+        within = all(0 <= share <= 1 for share in (*shares, self.accuracy_difference))
+        if not sane or self.latency_floor_ms < 0 or not within:
             got = msgspec.to_builtins(self)
             raise ServingError("margins that mean nothing", expected="shares from 0 to 1", got=got)
 
 
 class Figure(msgspec.Struct, frozen=True):
-    """One comparison: the figure, its one-sided bounds, the margin, and what follows.
+    """One comparison: the mean over patients, its confidence sequence's interval now, the margin, and what follows.
 
-    `ok`: the whole interval is on the good side of the margin. `harm`: the whole interval is on the bad side.
-    Neither: the patients so far do not tell.
+    `ok`: the whole interval is on the good side of the margin. `harm`: the whole, wider, interval that all figures together
+    may be judged by is on the bad side. Neither: the patients so far do not tell.
     """
 
     name: str
@@ -78,7 +84,7 @@ class Figure(msgspec.Struct, frozen=True):
 
 
 class JudgeVerdict(msgspec.Struct, frozen=True):
-    """`reasons` are the names of the figures that kept the verdict from "operationally_safe"."""
+    """`reasons` are the names of the figures that kept the verdict from being better."""
 
     verdict: Verdict
     figures: list[Figure]
@@ -89,171 +95,139 @@ class JudgeVerdict(msgspec.Struct, frozen=True):
 
 
 def judge(
-    pairs: Iterable[Pair], margins: Margins | None = None, *, labels: Mapping[str, int] | None = None
+    pairs: Iterable[Pair],
+    margins: Margins | None = None,
+    *,
+    labels: Mapping[str, int] | None = None,
+    since: str = "",
 ) -> JudgeVerdict:
     """Compare challenger and champion on requests that both were asked.
 
     Args:
-        pairs: from `predictions.pairs`. Those without a patient (tensors) or that the champion refused are left out.
+        pairs: of the whole release, from `predictions.pairs`, in any order. Those without a patient (tensors) or that the
+            champion refused are left out.
         margins: what is acceptable.
-        labels: 0 or 1 by pseudonymous `sop_uid`; adds the AUC comparison where both classes have at least 2 patients.
+        labels: 0 or 1 by pseudonymous `sop_uid`, adjudicated.
+        since: when the step began (UTC, ISO 8601).
 
     Returns:
-        "harm" if any figure is beyond its margin for certain; "undetermined" below `minimum_patients` or while any
-        figure is uncertain; else "operationally_safe".
+        "harm" if any figure is beyond its margin for certain; "undetermined" below `minimum_patients` in the step or while
+        any figure is uncertain; else what the figures prove.
     """
     limits = margins or Margins()
-    patients = _by_patient(pairs)
-    n_requests = sum(len(rows) for rows in patients.values())
-    figures, labelled = [], 0
-    if patients:
-        figures.append(_error_rate(patients, limits))
-    both = {patient: kept for patient, rows in patients.items() if (kept := [p for p in rows if _answered(p)])}
-    if len(both) >= limits.minimum_patients:
-        figures += [compare(both, limits) for compare in (_latency, _agreement, _difference, _distance)]
-        if labels:
-            auc, labelled = _auc_difference(both, labels, limits)
-            figures += auc
+    asked = sorted(
+        (pair for pair in pairs if pair.champion["patient"] is not None and pair.champion["status"] == OK),
+        key=lambda pair: (pair.champion["at"], pair.champion["prediction_id"]),
+    )
+    step = _first_of_each(pair for pair in asked if pair.champion["at"] >= since)
+    both = _first_of_each(pair for pair in asked if _answered(pair))
+    truth = labels or {}
+    labelled = _first_of_each(pair for pair in asked if _answered(pair) and pair.champion["sop_uid"] in truth)
+    streams = _streams(step, both, labelled, truth, limits)
+    shared = (1 - limits.confidence) / max(len(streams), 1)
+    figures = [stream(1 - limits.confidence, shared) for stream in streams]
+    n_step = sum(map(_answered, step))
+    return _verdict(figures, limits, n_step, len(asked), len({p.champion["patient"] for p in asked}), len(labelled))
+
+
+def _verdict(
+    figures: list[Figure], limits: Margins, n_step: int, n_requests: int, n_patients: int, n_labelled: int
+) -> JudgeVerdict:
     harm = [figure.name for figure in figures if figure.harm]
-    unsure = [figure.name for figure in figures if not figure.ok and not figure.harm]
-    if len(both) < limits.minimum_patients:
-        unsure.append(f"patients: {len(both)} of {limits.minimum_patients}")
-    verdict: Verdict = "harm" if harm else "undetermined" if unsure else "operationally_safe"
-    return JudgeVerdict(verdict, figures, n_requests, len(patients), labelled, harm + unsure)
+    accuracy = [figure for figure in figures if figure.name in _ACCURACY]
+    unsure = [figure.name for figure in figures if not figure.ok and not figure.harm and figure not in accuracy]
+    if n_step < limits.minimum_patients:
+        unsure.append(f"patients: {n_step} of {limits.minimum_patients}")
+    proven = len(accuracy) == len(_ACCURACY) and all(figure.ok for figure in accuracy)
+    verdict: Verdict = (
+        "harm" if harm else "undetermined" if unsure else "non_inferior" if proven else "operationally_safe"
+    )
+    doubts = [figure.name for figure in accuracy if not figure.ok and not figure.harm]
+    return JudgeVerdict(verdict, figures, n_requests, n_patients, n_labelled, harm + unsure + doubts)
 
 
-def _by_patient(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
-    patients: dict[str, list[Pair]] = {}
+_ACCURACY = ("sensitivity_difference", "specificity_difference")
+_Stream = Callable[[float, float], Figure]
+
+
+def _streams(
+    step: Sequence[Pair], both: Sequence[Pair], labelled: Sequence[Pair], truth: Mapping[str, int], limits: Margins
+) -> list[_Stream]:
+    """Each figure as a function of the two error rates: of one statement, and of this one's share of all."""
+    answered = [pair for pair in step if _answered(pair)]
+    scores = [_probabilities(pair) for pair in both]
+    made = [
+        _share("error_rate", [not _answered(pair) for pair in step], limits.error_rate),
+        _share("slow", [_is_slow(pair, limits) for pair in answered], limits.slow),
+        _share("disagreement", [_disagree(pair) for pair in both], 1 - limits.agreement),
+        _mean("mean_absolute_difference", [abs(b - a) for a, b in scores], (0, 1), limits.mean_absolute_difference),
+        _mean("score_shift", [b - a for a, b in scores], (-1, 1), limits.score_shift, both_sides=True),
+    ]
+    for name, kind in zip(_ACCURACY, (1, 0), strict=True):
+        # Lost accuracy, so that more is worse, as with all figures here.
+        mine = [pair for pair in labelled if truth[str(pair.champion["sop_uid"])] == kind]
+        lost = [_is_right(pair.champion, kind) - _is_right(_theirs(pair), kind) for pair in mine]
+        if lost:
+            made.append(_mean(name, lost, (-1, 1), limits.accuracy_difference))
+    return [stream for stream in made if stream is not None]
+
+
+def _share(name: str, observed: Sequence[bool], bound: float) -> _Stream | None:
+    from ville import BernoulliCS  # type: ignore[import-untyped]
+
+    if not observed:
+        return None
+    stream = np.array(observed, np.float64)
+
+    def at(alpha: float, shared: float) -> Figure:
+        low, high = BernoulliCS(alpha, _RARE).fit(stream).interval()
+        sure, _ = BernoulliCS(shared, _RARE).fit(stream).interval()
+        return Figure(name, float(stream.mean()), low, high, bound, ok=high <= bound, harm=sure > bound)
+
+    return at
+
+
+def _mean(
+    name: str, observed: Sequence[float], bounds: tuple[float, float], bound: float, *, both_sides: bool = False
+) -> _Stream | None:
+    from ville import BettingCS
+
+    if not observed:
+        return None
+    stream = np.array(observed, np.float64)
+
+    def at(alpha: float, shared: float) -> Figure:
+        low, high = BettingCS(bounds, alpha, grid=_GRID).fit(stream).interval()
+        sure, _ = BettingCS(bounds, shared, grid=_GRID).fit(stream).interval()
+        ok = high <= bound and (low >= -bound or not both_sides)
+        return Figure(name, float(stream.mean()), low, high, bound, ok=ok, harm=sure > bound and not both_sides)
+
+    return at
+
+
+def _first_of_each(pairs: Iterable[Pair]) -> list[Pair]:
+    """The first pair of each patient, in order."""
+    first: dict[str, Pair] = {}
     for pair in pairs:
-        patient = pair.champion["patient"]
-        if patient is not None and pair.champion["status"] == OK:
-            patients.setdefault(patient, []).append(pair)
-    return dict(sorted(patients.items()))
+        first.setdefault(str(pair.champion["patient"]), pair)
+    return list(first.values())
 
 
 def _answered(pair: Pair) -> bool:
     return pair.challenger is not None and pair.challenger["status"] == OK
 
 
-def _error_rate(patients: dict[str, list[Pair]], limits: Margins) -> Figure:
-    from scipy import stats
-
-    failed = sum(any(not _answered(pair) for pair in rows) for rows in patients.values())
-    # Each side at `confidence`: a two-sided Clopper-Pearson interval at 2 * confidence - 1.
-    interval = stats.binomtest(failed, len(patients)).proportion_ci(2 * limits.confidence - 1, method="exact")
-    share = failed / len(patients)
-    return _below("error_rate", share, float(interval.low), float(interval.high), limits.error_rate)
+def _is_slow(pair: Pair, limits: Margins) -> bool:
+    waited = max(pair.champion["latency_ms"], limits.latency_floor_ms)
+    return float(_theirs(pair)["latency_ms"]) > limits.latency_ratio * waited
 
 
-def _latency(patients: dict[str, list[Pair]], limits: Margins) -> Figure:
-    floor = limits.latency_floor_ms
-    champion = np.array([np.median([p.champion["latency_ms"] for p in rows]) for rows in patients.values()])
-    challenger = np.array([np.median([_theirs(p)["latency_ms"] for p in rows]) for rows in patients.values()])
-
-    def ratio(first: Floats, second: Floats, axis: int = -1) -> Any:
-        return np.percentile(second, 95, axis=axis) / np.percentile(first, 95, axis=axis)
-
-    both = (np.maximum(champion, floor), np.maximum(challenger, floor))
-    low, high = _interval(both, ratio, limits, paired=True)
-    return _below("latency_p95_ratio", float(ratio(*both)), low, high, limits.latency_p95_ratio)
+def _disagree(pair: Pair) -> bool:
+    return bool(pair.champion["decision"] != _theirs(pair)["decision"])
 
 
-def _agreement(patients: dict[str, list[Pair]], limits: Margins) -> Figure:
-    shares = np.array(
-        [np.mean([p.champion["decision"] == _theirs(p)["decision"] for p in rows]) for rows in patients.values()]
-    )
-    low, high = _interval((shares,), np.mean, limits)
-    return _above("decision_agreement", float(shares.mean()), low, high, limits.agreement)
-
-
-def _difference(patients: dict[str, list[Pair]], limits: Margins) -> Figure:
-    means = np.array([np.mean([abs(a - b) for a, b in map(_probabilities, rows)]) for rows in patients.values()])
-    low, high = _interval((means,), np.mean, limits)
-    bound = limits.mean_absolute_difference
-    return _below("mean_absolute_difference", float(means.mean()), low, high, bound)
-
-
-def _distance(patients: dict[str, list[Pair]], limits: Margins) -> Figure:
-    """The KS statistic as an effect size: its p-value would need independent samples; these are the same patients."""
-    from scipy import stats
-
-    scores = np.array([np.mean([_probabilities(p) for p in rows], axis=0) for rows in patients.values()])
-    champion, challenger = scores[:, 0], scores[:, 1]
-    distance = float(stats.ks_2samp(champion, challenger).statistic)
-
-    def resampled(first: Floats, second: Floats) -> float:
-        return float(stats.ks_2samp(first, second, method="asymp").statistic)
-
-    low, high = _interval((champion, challenger), resampled, limits, paired=True, vectorized=False)
-    # Another distribution of scores is a reason to look, not a proof of harm: a better model moves scores too.
-    return Figure("ks_distance", distance, low, high, limits.ks_distance, ok=high <= limits.ks_distance, harm=False)
-
-
-def _auc_difference(
-    patients: dict[str, list[Pair]], labels: Mapping[str, int], limits: Margins
-) -> tuple[list[Figure], int]:
-    """Challenger's minus champion's AUC over labelled images.
-
-    Patients are resampled within those that have a positive image and those that have none, so that no resample has one
-    class only.
-    """
-    labelled = [
-        [(labels[str(p.champion["sop_uid"])], *_probabilities(p)) for p in rows if p.champion["sop_uid"] in labels]
-        for rows in patients.values()
-    ]
-    groups = [np.array(rows, np.float64) for rows in labelled if rows]
-    positive = [group for group in groups if group[:, 0].any()]
-    negative = [group for group in groups if not group[:, 0].any()]
-    if min(len(positive), len(negative)) < 2:
-        return [], len(groups)
-
-    def difference(with_finding: NDArray[np.intp], without: NDArray[np.intp]) -> float:
-        images = np.concatenate([positive[i] for i in with_finding] + [negative[i] for i in without])
-        return _auc(images[:, 0], images[:, 2]) - _auc(images[:, 0], images[:, 1])
-
-    everyone = (np.arange(len(positive)), np.arange(len(negative)))
-    low, high = _interval(everyone, difference, limits, vectorized=False)
-    return [_above("auc_difference", difference(*everyone), low, high, -limits.auc_difference)], len(groups)
-
-
-def _auc(truth: Floats, score: Floats) -> float:
-    """Area under the ROC curve as the Mann-Whitney statistic (Hanley & McNeil 1982)."""
-    from scipy import stats
-
-    positive, negative = score[truth == 1], score[truth == 0]
-    wins = float(stats.mannwhitneyu(positive, negative, method="asymptotic").statistic)
-    return wins / (len(positive) * len(negative))
-
-
-def _interval(
-    data: Sequence[NDArray[Any]],
-    statistic: Callable[..., Any],
-    limits: Margins,
-    *,
-    paired: bool = False,
-    vectorized: bool = True,
-) -> tuple[float, float]:
-    from scipy import stats
-
-    result = stats.bootstrap(
-        tuple(data),
-        statistic,
-        n_resamples=_RESAMPLES if vectorized else _RESAMPLES_ONE_BY_ONE,
-        paired=paired,
-        vectorized=vectorized,
-        confidence_level=2 * limits.confidence - 1,
-        method="percentile",
-        rng=np.random.default_rng(_SEED),
-    )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
-
-
-def _below(name: str, figure: float, low: float, high: float, bound: float) -> Figure:
-    return Figure(name, figure, low, high, bound, ok=high <= bound, harm=low > bound)
-
-
-def _above(name: str, figure: float, low: float, high: float, bound: float) -> Figure:
-    return Figure(name, figure, low, high, bound, ok=low >= bound, harm=high < bound)
+def _is_right(row: Any, truth: int) -> int:
+    return int(row["decision"] == truth)
 
 
 def _theirs(pair: Pair) -> Any:

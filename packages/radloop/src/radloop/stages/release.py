@@ -7,6 +7,7 @@ them look at the world, so they always run; what was reached already is passed o
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,12 @@ from radloop.errors import ServingError
 from radloop.stage import Home, In, Out, stage
 from radloop.stage.execute import log, progress
 from radloop.stages.kinds import Package, Registered, Released, Verdict
-from radloop.stages.watch import identity
+from radloop.stages.watch import identity, labels_now
 
 if TYPE_CHECKING:
     from radloop.serving.desired import ModelRef
     from radloop.serving.judge import JudgeVerdict
+    from radloop.serving.predictions import Pair
 
 _POLL_S = 0.25
 
@@ -114,7 +116,9 @@ def canary(
         seen.append({"percent": percent, **msgspec.to_builtins(found)})
         _conclude(home, ours, step, found, released, verdict, steps=seen)
         log(f"{step}: {found.verdict.replace('_', ' ')}, {found.n_patients} patients")
-        if found.verdict != "operationally_safe" and not _let_on(home, verdict):
+        if found.verdict == "undetermined" and not _let_on(home, verdict):
+            return
+        if found.verdict == "harm":
             return
 
 
@@ -196,7 +200,7 @@ def _let_on(home: Path, verdict: Any) -> bool:
 
 
 def _judged(home: Path, ours: ModelRef, step: str) -> JudgeVerdict | None:
-    """What the judge said of this step, if it looked already: it looks once, or its error rates would not hold.
+    """What the judge said when it ended this step, if an earlier process got so far.
 
     Forgotten are a look at too few patients, and everything before a roll-back.
     """
@@ -216,10 +220,7 @@ def _judged(home: Path, ours: ModelRef, step: str) -> JudgeVerdict | None:
 
 
 def _watch_step(home: Path, ours: ModelRef, margins: dict[str, Any], *, since: str, wait_s: float) -> JudgeVerdict:
-    """Wait until enough patients were answered by both models since the step began, then judge once.
-
-    After `wait_s` it judges what there is: too few patients are 'undetermined'.
-    """
+    """Ask the judge again and again, which may be asked at any time, until it knows; after `wait_s`, what it says then."""
     from radloop.serving import judge, predictions
     from radloop.serving.desired import Desired, desired
 
@@ -227,18 +228,31 @@ def _watch_step(home: Path, ours: ModelRef, margins: dict[str, Any], *, since: s
     champion = (desired(home) or Desired()).models.champion
     if champion is None:
         raise ServingError("the champion went away during the release", next_step="radloop status")
-    until = time.monotonic() + wait_s
+    until, seen = time.monotonic() + wait_s, -1
     while True:
-        both = [
-            pair
-            for pair in predictions.pairs(home / "predictions", champion.model_digest, ours.model_digest)
-            if pair.champion["at"] >= since
-        ]
-        patients = {pair.champion["patient"] for pair in both if pair.challenger is not None} - {None}
-        progress(min(len(patients), limits.minimum_patients), limits.minimum_patients, "patients answered by both")
-        if len(patients) >= limits.minimum_patients or time.monotonic() > until:
-            return judge.judge(both, limits)
+        pairs = predictions.pairs(home / "predictions", champion.model_digest, ours.model_digest)
+        if len(pairs) != seen:
+            seen = len(pairs)
+            found = judge.judge(pairs, limits, labels=_held_out(home, pairs), since=since)
+            progress(min(found.n_patients, limits.minimum_patients), limits.minimum_patients, "patients asked of both")
+            if found.verdict != "undetermined":
+                return found
+        if time.monotonic() > until:
+            return found
         time.sleep(_POLL_S)
+
+
+def _held_out(home: Path, pairs: Sequence[Pair]) -> dict[str, int]:
+    """Labels by SOP instance UID, of patients whom neither model learnt from: any other label would flatter."""
+    from radloop.stages.project import open_catalog, settings_of
+
+    labels = labels_now(home, settings_of(home).task.name)
+    if not labels:
+        return {}
+    with open_catalog(home) as catalog:
+        learnt = {patient for patient, part in catalog.parts().items() if part != "test"}
+    uids = {str(pair.champion["sop_uid"]) for pair in pairs if pair.champion["patient"] not in learnt}
+    return {uid: label for uid, label in labels.items() if uid in uids}
 
 
 def _conclude(
@@ -252,7 +266,7 @@ def _conclude(
 ) -> None:
     from radloop.serving import rollout
 
-    told = {"operationally_safe": "pass", "harm": "stop", "undetermined": "wait"}[found.verdict]
+    told = {"harm": "stop", "undetermined": "wait"}.get(found.verdict, "pass")
     message = f"{step}: {found.verdict.replace('_', ' ')}, {found.n_patients} patients, {found.n_requests} requests"
     if found.reasons:
         message += f" ({', '.join(found.reasons)})"
