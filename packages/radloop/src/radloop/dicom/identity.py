@@ -86,6 +86,7 @@ class Crosswalk:
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._pid = 0
+        self._durable = True
         self._right_key: bytes | None = None
         # Entries that are surely kept: a study's instances share all but one. Newest last, by kind and pseudonym.
         self._remembered: dict[tuple[str, str], None] = {}
@@ -146,7 +147,9 @@ class Crosswalk:
             return 0
         with storage_errors("crosswalk"), self._lock:
             database = self._open()
-            database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            if durable is not self._durable:
+                database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+                self._durable = durable
             with _transaction(database):
                 self._refuse_wrong_key(self._ciphers)  # rotated by another process: nothing more under the old key
                 before = database.total_changes
@@ -204,6 +207,8 @@ class Crosswalk:
             ciphers = [_cipher(new_key), *self._ciphers]
             cipher = MultiFernet(ciphers)
             database = self._open()
+            database.execute("PRAGMA synchronous = FULL")
+            self._durable = True
             with _transaction(database):
                 rows = database.execute("SELECT kind, pseudonym, value FROM identity").fetchall()
                 database.executemany(
@@ -226,7 +231,7 @@ class Crosswalk:
             )
             for pragma in ("journal_mode = WAL", "synchronous = FULL", "secure_delete = ON"):
                 connection.execute(f"PRAGMA {pragma}")
-            self._connection, self._pid = connection, os.getpid()
+            self._connection, self._pid, self._durable = connection, os.getpid(), True
         return self._connection
 
     def _check_key(self) -> None:

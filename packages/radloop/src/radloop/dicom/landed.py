@@ -157,11 +157,12 @@ def _short(element: int, vr: bytes, text: str, padding: bytes) -> bytes:
 # Writing for good
 
 
-def place(target: Path, data: Buffer, spool: int | None = None) -> None:
-    """Put one file under its name, durable when this returns: temporary name, link, fsync, fsync of the folder.
+class Placed:
+    """A file under its name, whole, on its way to the disk: `flush` waits until it is there for good.
 
-    The name appears at once and whole; only then is it flushed, so that the file system commits once. After a power cut within, a
-    torn file may stand under it, which its identity betrays (`radloop.dicom.recovery`).
+    The name appears at once; only then is the file flushed, so that the file system commits once, and the disk writes while the
+    caller does other things. After a power cut within, a torn file may stand under the name, which its identity betrays
+    (`radloop.dicom.recovery`).
 
     Args:
         target: `landing/XX/IDENTITY.dcm`.
@@ -171,19 +172,28 @@ def place(target: Path, data: Buffer, spool: int | None = None) -> None:
     Raises:
         StorageFull: no space left; nothing is under the name.
     """
-    with storage_errors(_WHERE):
-        handle = _open_new(target, data) if spool is None else _link_spool(target, data, spool)
-        if handle is None:  # there already, but perhaps not flushed yet
-            _flush(target)
-        else:
+
+    def __init__(self, target: Path, data: Buffer, spool: int | None = None) -> None:
+        self._target = target
+        with storage_errors(_WHERE):
+            handle = _open_new(target, data) if spool is None else _link_spool(target, data, spool)
+            self._mine = handle is not None
+            # There already, but perhaps not flushed yet.
+            self._handle = os.open(target, os.O_RDONLY) if handle is None else handle
+        os.posix_fadvise(self._handle, 0, 0, os.POSIX_FADV_DONTNEED)  # Linux starts to write at once
+
+    def flush(self) -> None:
+        """Return when file and name are on the disk. Raises `StorageFull`; the name is gone then."""
+        with storage_errors(_WHERE):
             try:
-                os.fsync(handle)
+                os.fsync(self._handle)
+                _flush(self._target.parent)
             except BaseException:
-                target.unlink(missing_ok=True)
+                if self._mine:
+                    self._target.unlink(missing_ok=True)
                 raise
             finally:
-                os.close(handle)
-        _flush(target.parent)
+                os.close(self._handle)
 
 
 def _open_new(target: Path, data: Buffer) -> int | None:

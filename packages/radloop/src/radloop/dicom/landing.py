@@ -13,8 +13,9 @@ crosswalk whence they came. Names are identities, so everything may be repeated.
 What C-STORE brings (`Received`) has its own, quicker order. radloop writes the header of these files and puts in, under a seal,
 whence they came; so the fsynced file alone is enough to make crosswalk entry and row again:
 
-1. the file: temporary name, link to its final name, fsync, fsync of the folder; meanwhile its header is read;
-2. crosswalk and catalog, one commit each for all associations that wait, without fsync (`synchronous = NORMAL`).
+1. the file: temporary name, link to its final name; while the disk writes, its header is read and the crosswalk committed;
+   then fsync of file and folder;
+2. the catalog. Both databases commit once for all associations that wait, without fsync (`synchronous = NORMAL`).
 
 Then Success is answered: every reader sees the instance. A kill cannot take a commit, since it is in the system's memory. A power
 cut may take the last commits of either database, never a file: `Landing.recover`, which runs whenever a project's landing is
@@ -29,8 +30,8 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import msgspec
@@ -54,15 +55,15 @@ from radloop.dicom.arrival import Received as Received
 from radloop.dicom.arrival import arrival_from, check_announced, is_announced
 from radloop.dicom.folder import FolderReport, SiteOf, receive_folder
 from radloop.dicom.header import Header, read_header
-from radloop.dicom.identity import Crosswalk, Entry, Identity
-from radloop.dicom.landed import identity, place, write_durably
-from radloop.dicom.recorder import Recorder
+from radloop.dicom.identity import Crosswalk, Entry, Identity, Row
+from radloop.dicom.landed import Placed, identity, write_durably
+from radloop.dicom.recorder import Together
 from radloop.dicom.same_pixels import same_pixels
 from radloop.dicom.uids import Pseudonymiser, normalise
 from radloop.errors import DataError, DicomError
 
 STAGE = "landing"
-_WRITERS = 32
+_REMEMBERED = 4096
 
 
 class Recovered(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,8 +103,12 @@ class Landing:
         for folder in (self.landing, self.quarantine):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.chmod(0o700)
-        self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="landing")
-        self._recorder = Recorder(crosswalk, catalog)
+        self._put_together: Together[list[Row], int] = Together(self._put)
+        self._record_together: Together[InstanceRow, Recorded | None] = Together(catalog.record_new)
+        # All instances of a study share these.
+        self._uid = lru_cache(_REMEMBERED)(pseudonymiser.uid)
+        self._patient = lru_cache(_REMEMBERED)(pseudonymiser.patient)
+        self._accession = lru_cache(_REMEMBERED)(pseudonymiser.accession)
 
     # Receiving
 
@@ -163,16 +168,21 @@ class Landing:
         """Write, and read the header meanwhile; record if it is new. False: all of it must be kept the careful way."""
         arrival = item.arrival
         assert isinstance(arrival, Received)
-        written = self._writers.submit(place, self.landed(item.sha256), arrival.data, arrival.spool)
+        placed = Placed(self.landed(item.sha256), arrival.data, arrival.spool)
         try:
             self._read(item)
-            rows = self._crosswalk.encrypted(_identities(item))
+            if rows := self._crosswalk.encrypted(_identities(item)):
+                self._put_together(rows)
         finally:
-            written.result()
-        if item.row is None or self._recorder.record(rows, item.row) is not Recorded.NEW:
+            placed.flush()
+        if item.row is None or self._record_together(item.row) is not Recorded.NEW:
             return False
         item.outcome = Outcome(OutcomeKind.NEW, item.sop_uid, None, item.sha256)
         return True
+
+    def _put(self, groups: list[list[Row]]) -> list[int]:
+        self._crosswalk.put_rows([row for rows in groups for row in rows], durable=False)
+        return [len(rows) for rows in groups]
 
     def stamp(self, sha256: str, site: str, sender: str) -> bytes:
         """What makes a header of `radloop.dicom.landed` a proof of whence its file came."""
@@ -224,13 +234,13 @@ class Landing:
         arrival, pseudonym = item.arrival, self._pseudonymiser
         issuer = header.issuer or arrival.site
         return InstanceRow(
-            sop_uid=pseudonym.uid(header.sop_uid),
-            study_uid=pseudonym.uid(header.study_uid),
-            series_uid=pseudonym.uid(header.series_uid),
-            patient=pseudonym.patient(header.patient_id, issuer),
+            sop_uid=item.sop_uid or pseudonym.uid(header.sop_uid),
+            study_uid=self._uid(header.study_uid),
+            series_uid=self._uid(header.series_uid),
+            patient=self._patient(header.patient_id, issuer),
             key_id=pseudonym.key_id,
             # The site numbers its studies, whoever issued the patient's identifier.
-            accession_key=pseudonym.accession(header.accession, arrival.site) if normalise(header.accession) else None,
+            accession_key=self._accession(header.accession, arrival.site) if normalise(header.accession) else None,
             file_key=pseudonym.file(arrival.relative_path) if arrival.relative_path else None,
             site=arrival.site,
             sender=arrival.sender,

@@ -3,54 +3,56 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
-import msgspec
-
-from radloop.catalog.schema import InstanceRow, Recorded
-from radloop.catalog.store import Catalog
-from radloop.dicom.identity import Crosswalk, Row
-
-
-class _Ticket(msgspec.Struct):
-    """One instance that waits to be recorded."""
-
-    rows: list[Row]
-    row: InstanceRow
-    verdict: Recorded | None = None
-    error: BaseException | None = None
-    done: bool = False
+T = TypeVar("T")
+R = TypeVar("R")
 
 
-class Recorder:
-    """Group commit: the first that comes records for all that wait by then."""
+class _Waiting(Generic[T, R]):
+    """One item that waits for its commit."""
 
-    def __init__(self, crosswalk: Crosswalk, catalog: Catalog) -> None:
-        self._crosswalk, self._catalog = crosswalk, catalog
+    __slots__ = ("done", "error", "item", "result")
+    result: R
+
+    def __init__(self, item: T) -> None:
+        self.item, self.done = item, False
+        self.error: BaseException | None = None
+
+
+class Together(Generic[T, R]):
+    """The first that comes commits for all that wait by then; a call returns when its own item is committed.
+
+    Args:
+        commit: takes items, returns a result for each, or raises; then each that waits raises the same.
+    """
+
+    def __init__(self, commit: Callable[[list[T]], Sequence[R]]) -> None:
+        self._commit = commit
         self._turn, self._joining = threading.Lock(), threading.Lock()
-        self._waiting: list[_Ticket] = []
+        self._queue: list[_Waiting[T, R]] = []
 
-    def record(self, rows: list[Row], row: InstanceRow) -> Recorded | None:
-        """Crosswalk entries, then the row; None where pixels must be compared. Raises what the commit raised."""
-        ticket = _Ticket(rows, row)
+    def __call__(self, item: T) -> R:
+        """Commit one item, with all that wait; its result."""
+        mine: _Waiting[T, R] = _Waiting(item)
         with self._joining:
-            self._waiting.append(ticket)
+            self._queue.append(mine)
         with self._turn:
-            if not ticket.done:
+            if not mine.done:
                 with self._joining:
-                    together, self._waiting = self._waiting, []
-                self._commit(together)
-        if ticket.error is not None:
-            raise ticket.error
-        return ticket.verdict
+                    group, self._queue = self._queue, []
+                self._run(group)
+        if mine.error is not None:
+            raise mine.error
+        return mine.result
 
-    def _commit(self, tickets: list[_Ticket]) -> None:
+    def _run(self, group: list[_Waiting[T, R]]) -> None:
         try:
-            self._crosswalk.put_rows([row for ticket in tickets for row in ticket.rows], durable=False)
-            verdicts = self._catalog.record_new([ticket.row for ticket in tickets])
-            for ticket, verdict in zip(tickets, verdicts, strict=True):
-                ticket.verdict = verdict
+            for waiting, result in zip(group, self._commit([waiting.item for waiting in group]), strict=True):
+                waiting.result = result
         except BaseException as error:  # noqa: BLE001 - each that waits raises it
-            for ticket in tickets:
-                ticket.error = error
-        for ticket in tickets:
-            ticket.done = True
+            for waiting in group:
+                waiting.error = error
+        for waiting in group:
+            waiting.done = True
