@@ -91,6 +91,8 @@ GRAPHICS = frozenset(
     GraphicAnnotationSequence TextObjectSequence GraphicObjectSequence CompoundGraphicSequence
     """)
 )
+# Images that say something about others: without their references they say nothing, so these stay, mapped.
+DERIVED = frozenset({"segmentation", "height-map-segmentation", "parametric-map", "rt-dose"})
 # Content items (PS3.3 section 10.2 and C.17.3): gone without clean-structured-content.
 CONTENT = frozenset({"ContentSequence", "WaveformAnnotationSequence"})
 CONTENT_TEXT = frozenset({"TextValue", "UnformattedTextValue"})
@@ -337,7 +339,12 @@ def _action(profile: Profile, tag: int, vr: str, iod: str, parent: str) -> Actio
     if row is None:
         return _unlisted(profile, keyword, vr, iod, parent)
     optional = _optional(profile, row, vr)
-    return optional if optional is not None else _basic(row, vr, attribute_type(iod, row.keyword, parent))
+    if optional is not None:
+        return optional
+    kind = attribute_type(iod, row.keyword, parent)
+    if row.basic == "X/Z/U*" and (iod in DERIVED or kinds().get(iod, "image") != "image"):
+        kind = "1"
+    return _basic(row, vr, kind)
 
 
 def _basic(row: Row, vr: str, kind: str | None) -> Action:

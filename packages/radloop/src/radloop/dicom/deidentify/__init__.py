@@ -25,7 +25,7 @@ from pydicom.uid import UID
 
 from radloop.catalog.reason import Reason
 from radloop.dicom import phi
-from radloop.dicom.deidentify.check import TRANSFER_SYNTAXES, check
+from radloop.dicom.deidentify.check import REQUIRED_UIDS, TRANSFER_SYNTAXES, check
 from radloop.dicom.deidentify.items import DUMMY_TEXT, MAX_DEPTH, Items
 from radloop.dicom.deidentify.values import age_of, refuse, text_of, texts_of
 from radloop.dicom.header import check_whole
@@ -104,6 +104,9 @@ class Deidentifier:
             out = items.clean(ds, "")
         except RecursionError:
             refuse(Reason.UNSUPPORTED_OBJECT, "sequences are nested too deep", f"at most {MAX_DEPTH} levels")
+        for keyword in REQUIRED_UIDS:
+            if keyword not in out:  # its bytes are not what its VR says
+                refuse(Reason.MISSING_UID, f"{keyword} is missing or unreadable", "a UID")
         self._stamp(out, ds, patient)
         out.preamble = b"\0" * 128
         out.file_meta = _file_meta(out, syntax)

@@ -17,6 +17,7 @@ TRANSFER_SYNTAXES = frozenset(
 )
 
 
+REQUIRED_UIDS = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
 _NO_IMAGE = {
     "": "radloop does not de-identify such objects",
     "audio": "a voice cannot be de-identified",
@@ -38,7 +39,7 @@ def check(ds: Dataset, profile: Profile, key_id: str) -> tuple[str, str]:
     if syntax not in TRANSFER_SYNTAXES:
         shown = syntax if re.fullmatch(r"[0-9.]{1,64}", syntax) else "none"
         refuse(Reason.UNKNOWN_TRANSFER_SYNTAX, "the transfer syntax is not supported", "a still-image syntax", shown)
-    for keyword in ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID"):
+    for keyword in REQUIRED_UIDS:
         if not text_of(ds, keyword):
             refuse(Reason.MISSING_UID, f"{keyword} is missing or empty", "a UID")
     iod, kind = storage_classes().get(text_of(ds, "SOPClassUID"), ("", ""))
