@@ -33,6 +33,7 @@ MODULES = (
     "intake",
     "labels",
     "patients",
+    "deidentify",
     "run",
     "status",
     "quarantine",
@@ -48,6 +49,7 @@ MODULES = (
 SECTIONS = {
     "Start": ("demo", "init", "setup", "doctor"),
     "Bring images and labels": ("listen", "ingest", "import-images", "labels", "patients"),
+    "On its own": ("deidentify",),
     "Run the loop": ("run", "stage", "status", "approve", "report"),
     "Serve": ("serve", "predict", "rollback"),
     "Look into it": ("dataset", "quarantine", "trace", "ledger"),
