@@ -20,7 +20,7 @@ from radloop.learning.gates import GateConfig
 from radloop.learning.train import TrainConfig
 from radloop.monitoring.drift import Thresholds
 from radloop.serving.judge import Margins
-from radloop.settings import Folder, Settings, load
+from radloop.settings import DimsePacs, Folder, FromPacs, Settings, WebPacs, load
 
 from .conftest import Command, Ran
 
@@ -36,7 +36,14 @@ ROOMS: dict[tuple[str, ...], type[msgspec.Struct]] = {
 }
 """Sections that a room reads, and what it understands."""
 
-EXAMPLES = {("listen", "senders"), ("ingest", "folders"), ("environments",)}
+EXAMPLES = {
+    *(("listen", name) for name in ("senders", "metrics_port")),
+    *(("listen", "tls", name) for name in ("certificate", "key")),
+    *(("listen", "stow", name) for name in ("port", "tokens")),
+    *(("ingest", name) for name in ("folders", "pacs")),
+    ("pacs",),
+    ("environments",),
+}
 """What has no default and stands in the template as an example."""
 
 
@@ -56,6 +63,9 @@ def test_every_setting_stands_in_the_template() -> None:
     for path, struct in ROOMS.items():
         assert set(struct.__struct_fields__) == set(_at(told, path)), path
     assert set(Folder.__struct_fields__) == set(told["ingest"]["folders"][0])
+    assert set(FromPacs.__struct_fields__) == set(told["ingest"]["pacs"][0])
+    assert {*DimsePacs.__struct_fields__, "kind"} == set(told["pacs"]["main"])
+    assert set(WebPacs.__struct_fields__) <= set(told["pacs"]["main"]) | set(told["pacs"]["web"])
 
 
 def test_the_template_names_nothing_unknown() -> None:

@@ -31,13 +31,39 @@ class Task(_Section, frozen=True):
     intended_use: str = ""
 
 
+class Tls(_Section, frozen=True):
+    """PEM files: the listener's certificate and key, and the authorities of clients, which must then show a certificate."""
+
+    certificate: str = ""
+    key: str = ""
+    client_ca: str = ""
+
+
+class Token(_Section, frozen=True):
+    """A STOW-RS sender: the secret reference of its bearer token, and the site code of what it sends."""
+
+    token: str
+    site: str
+
+
+class StowReceiver(_Section, frozen=True):
+    """The STOW-RS receiver, beside the C-STORE listener; off without a port. `tokens`: who may send, by name."""
+
+    port: int | None = None
+    tokens: dict[str, Token] = {}
+
+
 class Listen(_Section, frozen=True):
-    """The C-STORE listener: calling AE titles it knows, each with its site code."""
+    """What receives: calling AE titles it knows, each with its site code. `metrics_port`: Prometheus; off without."""
 
     ae_title: str = "RADLOOP"
     host: str = "127.0.0.1"
     port: int = 11112
+    max_associations: int = 20
+    metrics_port: int | None = None
     senders: dict[str, str] = {}
+    tls: Tls = Tls()
+    stow: StowReceiver = StowReceiver()
 
 
 class Folder(_Section, frozen=True):
@@ -47,17 +73,71 @@ class Folder(_Section, frozen=True):
     site: str
 
 
+class FromPacs(_Section, frozen=True):
+    """Studies that `ingest` fetches from a PACS: what is new since the last run.
+
+    `name`: of a PACS under [pacs]. `since`: a date, or days before today such as "30d"; empty: all. `accessions`: a file
+    with one accession number a line. `overlap_days`: how long after its date a study may reach the PACS.
+    """
+
+    name: str
+    modalities: tuple[str, ...] = ()
+    since: str = ""
+    description: str = ""
+    accessions: str = ""
+    overlap_days: int = 14
+
+
 class Ingest(_Section, frozen=True):
     """What besides the listener brings images; a study is complete when nothing of it has come for `quiet_s` seconds."""
 
     folders: tuple[Folder, ...] = ()
+    pacs: tuple[FromPacs, ...] = ()
     quiet_s: float = 60.0
 
 
+class _Pacs(_Section, frozen=True, kw_only=True, tag_field="kind"):
+    """What both kinds of PACS have: site code, pace, patience, TLS files (paths)."""
+
+    site: str
+    max_instances_per_s: float = 0.0
+    hours: str = ""
+    timeout_s: float = 60.0
+    tries: int = 5
+    cut_at: int = 0
+    ca: str = ""
+    certificate: str = ""
+    key: str = ""
+
+
+class DimsePacs(_Pacs, frozen=True, kw_only=True, tag="dimse"):
+    """A PACS by C-FIND, C-GET, C-MOVE. `called` is its AE title, `calling` ours; `move_port`: where it sends to us."""
+
+    host: str
+    port: int
+    called: str
+    calling: str = "RADLOOP"
+    move_port: int | None = None
+    move_host: str = "127.0.0.1"
+    move_ae: str = ""
+    move_first: bool = False
+    tls: bool = False
+
+
+class WebPacs(_Pacs, frozen=True, kw_only=True, tag="dicomweb"):
+    """A PACS by QIDO-RS and WADO-RS. `token` and `password` are secret references."""
+
+    url: str
+    token: str = ""
+    user: str = ""
+    password: str = ""
+
+
 class Deidentify(_Section, frozen=True):
-    """How identity is removed (DICOM PS3.15 Annex E)."""
+    """How identity is removed (DICOM PS3.15 Annex E): a named profile and further options, by name or code."""
 
     profile: str = "research"
+    options: tuple[str, ...] = ()
     key: str = "file:radloop.key"
     crosswalk_key: str = "file:crosswalk.key"
 
@@ -136,6 +216,7 @@ class Settings(_Section, frozen=True):
     task: Task = Task()
     listen: Listen = Listen()
     ingest: Ingest = Ingest()
+    pacs: dict[str, DimsePacs | WebPacs] = {}
     deidentify: Deidentify = Deidentify()
     accept: Accept = Accept()
     preprocess: dict[str, Any] = {}
@@ -182,7 +263,8 @@ def _nearest(message: str) -> str | None:
     if "unknown field" not in message:
         return None
     wrong = message.split("`")[1]
-    names = {n for section in _sections(Settings) for n in section.__struct_fields__}
+    sections: list[type[msgspec.Struct]] = [*_sections(Settings), Token, Folder, FromPacs, DimsePacs, WebPacs]
+    names = {n for section in sections for n in section.__struct_fields__}
     near = difflib.get_close_matches(wrong, names, 1)
     return f"did you mean {near[0]!r}?" if near else None
 

@@ -299,6 +299,13 @@ class Instances(Database):
         with self._read() as connection:
             return [as_struct(row, Quarantined) for row in connection.execute(query).mappings()]
 
+    def held_counts(self) -> dict[str, int]:
+        """Reason -> how many entries are held for it."""
+        query = select(_held.c.reason, func.count()).where(_held.c.state == QuarantineState.HELD)
+        with self._read() as connection:
+            found = connection.execute(query.group_by(_held.c.reason))
+            return {str(reason): int(number) for reason, number in sorted(tuple(row) for row in found)}
+
     def held_sources(self, source_sha256s: Iterable[str]) -> dict[str, Quarantined]:
         """Digest -> the held entry, of bytes that never became an instance in use."""
         found: dict[str, Quarantined] = {}

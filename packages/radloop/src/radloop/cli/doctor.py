@@ -76,6 +76,7 @@ def examine(project: Path, *, every: bool = False, progress: output.Progress = l
     groups: list[tuple[str, Callable[[], Iterator[Check]]]] = [
         ("settings", lambda: _settings(settings)),
         ("keys", lambda: _keys(project, settings)),
+        ("listener", lambda: _listener(project, settings)),
         ("folders", lambda: _folders(project)),
         ("environments", lambda: _environments(settings)),
         ("catalog", lambda: _catalog(project, settings, every=every)),
@@ -131,6 +132,24 @@ def _keys(project: Path, settings: Settings) -> Iterator[Check]:
     if settings.serve.token:
         secret(settings.serve.token, project)
         yield Check("serve token", OK, settings.serve.token)
+
+
+def _listener(project: Path, settings: Settings) -> Iterator[Check]:
+    """TLS and the STOW-RS receiver, where they are configured."""
+    from radloop.cli.listen import stow_senders, tls_of
+    from radloop.dicom.stow import Stow
+
+    told = settings.listen
+    tls = tls_of(project, settings)
+    if tls is not None:
+        yield Check("TLS of listen", OK, f"{told.tls.certificate}" + (", mutual" if told.tls.client_ca else ""))
+    elif told.host not in ("127.0.0.1", "localhost", "::1"):
+        found = f"{told.host} is no loopback address, and images cross the network in the clear"
+        yield Check("TLS of listen", WARN, found, "certificate and key under [listen.tls]")
+    if told.stow.port is not None:
+        senders = stow_senders(project, settings)
+        Stow.check(senders)
+        yield Check("STOW-RS", OK, f"{output.plural(len(senders), 'sender')}: {', '.join(senders)}")
 
 
 def _folders(project: Path) -> Iterator[Check]:
@@ -257,8 +276,11 @@ def _ports(project: Path, settings: Settings) -> Iterator[Check]:
 
     pid, now = supervisor_pid(project), observed(project)
     serving = now.gateway.port if pid is not None and now is not None and now.pid == pid else None
+    told = settings.listen
+    more = [("listen.stow", told.stow.port), ("listen metrics", told.metrics_port)]
     for name, host, port in (
-        ("listen", settings.listen.host, settings.listen.port),
+        ("listen", told.host, told.port),
+        *((name, told.host, port) for name, port in more if port is not None),
         ("serve", settings.serve.host, settings.serve.port),
     ):
         if name == "serve" and serving is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -36,13 +36,15 @@ def ending_with(stop: Callable[[], None]) -> Iterator[None]:
 
 
 @contextmanager
-def announced(path: Path | None, host: str, port: int) -> Iterator[None]:
-    """Keep a file `{"host", "port", "pid"}` where a script waits for it, from now until the server ends; whole or not there."""
+def announced(path: Path | None, host: str, port: int, more: Mapping[str, int] | None = None) -> Iterator[None]:
+    """Keep a file `{"host", "port", "pid"}`, and more ports if there are, where a script waits for it, from now until the server
+    ends; whole or not there.
+    """
     if path is None:
         yield
         return
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_bytes(msgspec.json.encode({"host": host, "port": port, "pid": os.getpid()}) + b"\n")
+    scratch.write_bytes(msgspec.json.encode({"host": host, "port": port, "pid": os.getpid(), **(more or {})}) + b"\n")
     os.replace(scratch, path)
     try:
         yield

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,15 +11,9 @@ import typer
 
 from radloop.cli import output
 from radloop.cli.common import HERE, Json, Project, catalog_at, check_code, command, settings_at
-from radloop.errors import SettingsError
 
 if TYPE_CHECKING:
     from radloop.dicom.landing import Landing
-    from radloop.dicom.listener import Listener
-    from radloop.settings import Settings
-
-_LOOK_EVERY_S = 0.25
-_DRAIN_S = 30.0
 
 
 def register(app: typer.Typer) -> None:
@@ -43,12 +35,15 @@ def register(app: typer.Typer) -> None:
         project: Project = HERE,
         json: Json = False,
     ) -> None:
-        """Receive images by C-STORE until Ctrl-C or SIGTERM.
+        """Receive images by C-STORE, and by STOW-RS where [listen.stow] says so, until Ctrl-C or SIGTERM.
 
         Senders are those of [listen.senders] in radloop.toml; others are rejected. Success is answered when an image
         is on disk and in the catalog. What cannot be used is kept in quarantine with its reason, never dropped. On
-        SIGTERM, associations under way may end.
+        SIGTERM, associations under way may end. A study counts as complete when nothing of it has come for [ingest] quiet_s
+        seconds.
         """
+        from radloop.cli.listen import listen_until_stopped
+
         listen_until_stopped(project, settings_at(project), port=port, ready_file=ready_file, json=json)
 
     @command(
@@ -137,74 +132,6 @@ def landing_at(project: Path) -> Iterator[Landing]:
         landing = open_landing(project, catalog)
         landing.recover()
         yield landing
-
-
-def listen_until_stopped(
-    project: Path, settings: Settings, *, port: int | None, ready_file: Path | None, json: bool
-) -> None:
-    """Receive until a signal says stop.
-
-    Raises:
-        SettingsError: no sender is configured.
-        EngineError: the port is busy.
-    """
-    from radloop.cli.foreground import announced, ending_with
-    from radloop.dicom.listener import Listener
-
-    if not settings.listen.senders:
-        raise SettingsError(
-            "nobody may send to this listener",
-            expected="the calling AE titles of your modalities or PACS, each with a site code",
-            got="an empty [listen.senders]",
-            next_step='add a line such as CT1 = "site-a" under [listen.senders] in radloop.toml',
-        )
-    stop = threading.Event()
-    with landing_at(project) as landing, ending_with(stop.set):
-        listener = Listener(
-            landing,
-            ae_title=settings.listen.ae_title,
-            sites=settings.listen.senders,
-            host=settings.listen.host,
-            port=settings.listen.port if port is None else port,
-        )
-        bound = listener.start()
-        try:
-            with announced(ready_file, settings.listen.host, bound):
-                _say_listening(settings, bound, json=json)
-                _watch(listener, stop, quiet=json)
-        finally:
-            listener.stop(grace_s=_DRAIN_S)
-            landing.seal(actor="listen")
-    if json:
-        output.print_json({"ended": True, "host": settings.listen.host, "port": bound, "counts": listener.counts})
-    else:
-        print(f"radloop listen: ended; {output.counts_line(listener.counts)}")
-
-
-def _say_listening(settings: Settings, port: int, *, json: bool) -> None:
-    told = settings.listen
-    known = ", ".join(f"{title} ({site})" for title, site in told.senders.items())
-    line = f"radloop listen: {told.ae_title} at {told.host}:{port}; known senders: {known}; Ctrl-C ends it"
-    print(line, file=sys.stderr if json else sys.stdout, flush=True)
-
-
-def _watch(listener: Listener, stop: threading.Event, *, quiet: bool) -> None:
-    """Counts by outcome: one living line on a terminal, else a line whenever they have changed for a while."""
-    if quiet:
-        stop.wait()
-        return
-    if sys.stdout.isatty():
-        with output.console().status("waiting") as line:
-            while not stop.wait(_LOOK_EVERY_S):
-                line.update(f"received: {output.counts_line(listener.counts)}")
-        return
-    said = before = listener.counts
-    while not stop.wait(1.0):
-        now = listener.counts
-        if now == before and now != said:  # a lull after something came
-            print(output.counts_line(now), flush=True)
-            said = now
-        before = now
 
 
 def _say_report(

@@ -10,8 +10,8 @@ import logging
 import socket
 import ssl
 import threading
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,8 @@ import msgspec
 
 from radloop.catalog.database import StorageFull
 from radloop.catalog.reason import Reason
-from radloop.dicom.landing import Arrival, Landing, Outcome, OutcomeKind
+from radloop.dicom.landing import Arrival, Landing, Outcome
+from radloop.dicom.listener.status import Peer, Status, Tally
 from radloop.dicom.stow import answer
 from radloop.dicom.stow.parts import Malformed, Part, Parts, UnsupportedMedia, boundary_of
 from radloop.errors import DicomError, EngineError, SettingsError
@@ -35,10 +36,9 @@ MOST_BYTES = 4 << 30
 _BATCH_PARTS = 64
 _BATCH_BYTES = 8 << 20
 _IDLE_S = 60.0
+_GRACE_S = 10
 _RETRY_AFTER_S = 120
 _JSON, _XML = "application/dicom+json", "application/dicom+xml"
-Watch = Callable[[str, str, int, float], None]
-"""Told of each instance: outcome, sender, bytes, seconds that its storing took."""
 
 
 class Sender(msgspec.Struct, frozen=True):
@@ -62,7 +62,6 @@ class Stow:
         tls: speak TLS with this.
         max_requests: how many at once; more get 503 and Retry-After.
         idle_s: a client that sends nothing for so long gets 408.
-        watch: told of each instance.
 
     Raises:
         SettingsError: nobody may send, two senders have one token, or the extra `serve` is not installed.
@@ -78,32 +77,36 @@ class Stow:
         tls: ssl.SSLContext | None = None,
         max_requests: int = 20,
         idle_s: float = _IDLE_S,
-        watch: Watch | None = None,
     ) -> None:
+        self.check(senders)
+        self._landing, self._address, self._tls, self._idle_s = landing, (host, port), tls, idle_s
+        self._tokens = [(hashlib.sha256(who.token).digest(), name, who.site) for name, who in senders.items()]
+        self._max, self._active = max_requests, 0
+        self._tally = Tally()
+        self._server: Any = None
+        self._thread: threading.Thread | None = None
+        self.port = 0
+
+    @staticmethod
+    def check(senders: Mapping[str, Sender]) -> None:
+        """Raise SettingsError when nobody may send, or two senders have one token."""
         if not senders:
             raise SettingsError(
                 "nobody may send to the STOW-RS receiver",
                 expected="at least one sender with its token and site code",
                 next_step="add [listen.stow.tokens.NAME] with token and site to radloop.toml",
             )
-        self._landing, self._address, self._tls, self._idle_s = landing, (host, port), tls, idle_s
-        self._tokens = [(hashlib.sha256(who.token).digest(), name, who.site) for name, who in senders.items()]
-        if len({digest for digest, _, _ in self._tokens}) < len(self._tokens):
+        if len({who.token for who in senders.values()}) < len(senders):
             raise SettingsError("two STOW-RS senders have the same token", next_step="give each a token of its own")
-        self._max, self._active = max_requests, 0
-        self._watch = watch
-        self._counts: Counter[str] = Counter()
-        self._lock = threading.Lock()
-        self._server: Any = None
-        self._thread: threading.Thread | None = None
-        self.port = 0
 
     @property
     def counts(self) -> dict[str, int]:
         """How many instances: `received`, by outcome (`new`, `same`, ...), `failed`; and `rejected` requests."""
-        with self._lock:
-            names = ("received", *OutcomeKind, "failed", "rejected")
-            return {str(name): self._counts[name] for name in names}
+        return self._tally.counts
+
+    def status(self) -> Status:
+        """A snapshot; a request counts as an association, and its sender's name stands for the AE title."""
+        return self._tally.status()
 
     @property
     def active(self) -> int:
@@ -125,7 +128,7 @@ class Stow:
             access_log=False,
             lifespan="off",
             ws="none",
-            timeout_graceful_shutdown=30,
+            timeout_graceful_shutdown=_GRACE_S,
             ssl_context_factory=(lambda *_: self._tls) if self._tls else None,
         )
         self._server = uvicorn.Server(config)
@@ -164,31 +167,34 @@ class Stow:
 
         who = self._who(request)
         if who is None:
-            return self._refused(401, "a bearer token that is known is needed", {"WWW-Authenticate": "Bearer"})
+            return self._refused(401, "token", "a bearer token that is known is needed", {"WWW-Authenticate": "Bearer"})
         form = _accepted(request.headers.get("accept", "*/*"))
         if form is None:
-            return self._refused(406, f"{_JSON} and {_XML} are what there is")
+            return self._refused(406, "form", f"{_JSON} and {_XML} are what there is")
         try:
             boundary = boundary_of(request.headers.get("content-type", ""))
         except UnsupportedMedia:
-            return self._refused(415, 'multipart/related; type="application/dicom" is what is taken')
+            return self._refused(415, "form", 'multipart/related; type="application/dicom" is what is taken')
         except Malformed as error:
-            return self._refused(400, str(error))
+            return self._refused(400, "form", str(error))
         if self._active >= self._max:
-            return self._refused(503, "too many requests at once", {"Retry-After": str(_RETRY_AFTER_S)})
+            return self._refused(503, "limit", "too many requests at once", {"Retry-After": str(_RETRY_AFTER_S)})
         self._active += 1
-        taking = _Taking(self._landing, *who, request.path_params.get("study"), self._done)
+        peer, whole = self._tally.opened(who[0]), False
+        taking = _Taking(self._landing, *who, request.path_params.get("study"), self._tally, peer)
         try:
             malformed = await self._take(request, Parts(boundary, self._landing.landing, MOST_BYTES), taking)
+            whole = not malformed
         except ClientDisconnect:
             return Response(status_code=400)  # nobody reads it
         except TimeoutError:
-            return self._refused(408, "nothing came for a while", {"Connection": "close"})
+            return self._refused(408, "idle", "nothing came for a while", {"Connection": "close"})
         finally:
             try:
                 await taking.finish()
             finally:
                 self._active -= 1
+                self._tally.closed(peer, released=whole)
         status = answer.status_of(taking.results, malformed=malformed, too_large=taking.too_large)
         found = answer.module(taking.results)
         headers = {"Retry-After": str(_RETRY_AFTER_S)} if status == 503 else {}
@@ -224,21 +230,11 @@ class Stow:
                 found = (name, site)
         return found if scheme.lower() == "bearer" else None
 
-    def _refused(self, status: int, why: str, headers: Mapping[str, str] | None = None) -> Response:
+    def _refused(self, status: int, reason: str, why: str, headers: Mapping[str, str] | None = None) -> Response:
         from starlette.responses import PlainTextResponse
 
-        with self._lock:
-            self._counts["rejected"] += 1
+        self._tally.rejected(reason)
         return PlainTextResponse(why + "\n", status, dict(headers or {}))
-
-    def _done(self, outcomes: Sequence[tuple[str, int]], sender: str, seconds: float) -> None:
-        with self._lock:
-            for kind, _ in outcomes:
-                self._counts[kind] += 1
-            self._counts["received"] += len(outcomes)
-        if self._watch is not None:
-            for kind, size in outcomes:
-                self._watch(kind, sender, size, seconds)
 
 
 class _Taking:
@@ -250,11 +246,13 @@ class _Taking:
         sender: str,
         site: str,
         study: str | None,
-        done: Callable[[Sequence[tuple[str, int]], str, float], None],
+        tally: Tally,
+        peer: Peer,
     ) -> None:
         self.results: list[answer.Stored] = []
         self.too_large = False
-        self._landing, self._sender, self._site, self._study, self._done = landing, sender, site, study, done
+        self._landing, self._sender, self._site, self._study = landing, sender, site, study
+        self._tally, self._peer = tally, peer
         self._batch: list[Part] = []
         self._bytes = 0
         self._task: asyncio.Task[None] | None = None
@@ -281,8 +279,6 @@ class _Taking:
             self._task = asyncio.create_task(asyncio.to_thread(self._keep, batch))
 
     def _keep(self, parts: list[Part]) -> None:
-        import time
-
         began = time.perf_counter()
         told: list[tuple[answer.Stored, str]] = []
         wanted: list[tuple[int, Part]] = []
@@ -298,7 +294,8 @@ class _Taking:
         sizes = [part.size for part in parts]
         for part in parts:
             part.close()
-        self._done([(kind, size) for (_, kind), size in zip(told, sizes, strict=True)], self._sender, each)
+        for (_, kind), size in zip(told, sizes, strict=True):
+            self._tally.stored(self._peer, kind, size, each)
 
     def _refusal(self, part: Part) -> int | None:
         """Why a part is not even looked at."""
@@ -326,9 +323,11 @@ class _Taking:
             return self._landing.receive_many([arrival])[0]
         except StorageFull:
             LOG.error("no space left: an instance from %s was refused", self._sender)
+            self._tally.failed(self._sender, "no space left")
             return answer.OUT_OF_RESOURCES
         except Exception as error:  # noqa: BLE001 - the peer is told, and may send it again
             LOG.error("an instance from %s could not be kept: %s", self._sender, type(error).__name__)
+            self._tally.failed(self._sender, f"could not be kept: {type(error).__name__}")
             return answer.PROCESSING_FAILURE
 
 
