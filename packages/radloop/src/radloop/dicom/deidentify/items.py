@@ -16,10 +16,12 @@ from pydicom.sequence import Sequence
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import UID
 
+from radloop.dicom.deidentify.content import guard
 from radloop.dicom.deidentify.descriptors import cleaned, own_words
 from radloop.dicom.deidentify.private import as_vr, safe_elements
 from radloop.dicom.deidentify.values import capped, plain, text_of, values_of, vr_of, with_values
 from radloop.dicom.profile import PUBLIC_SCHEMES, TEXT_VRS, Action, Profile
+from radloop.dicom.spans import NotPlain
 from radloop.dicom.uids import Pseudonymiser
 from radloop.errors import DicomError
 
@@ -60,7 +62,7 @@ class Items:
     """Cleans one instance's items, outermost first. Holds what is the same for all of them.
 
     Args:
-        root: the whole data set, whose names are kept out of cleaned descriptors.
+        root: the whole data set, whose names are kept out of cleaned descriptors; None raises NotPlain at the first one.
         shift_days: by how many days the patient's dates move; syntax: the transfer syntax of source and output.
         tally: counts what was done by (keyword path without item numbers, `Action` name), if given.
     """
@@ -69,7 +71,7 @@ class Items:
         self,
         profile: Profile,
         pseudonymiser: Pseudonymiser,
-        root: Dataset,
+        root: Dataset | None,
         *,
         iod: str,
         shift_days: int,
@@ -79,7 +81,8 @@ class Items:
         self.profile, self.pseudonymiser, self.iod, self.tally = profile, pseudonymiser, iod, tally
         self.shift, self.syntax = timedelta(days=shift_days), syntax
         self.path: list[str] = []
-        self.root, self._secret = root, None  # type: Dataset, frozenset[str] | None
+        self.root = root
+        self._secret: frozenset[str] | None = None
         self.kept_codes = frozenset({"InstitutionCodeSequence"} if "institution" in profile.columns else ())
         self.handlers: dict[Action, Callable[[DataElement, str], DataElement | None]] = {
             Action.EMPTY: lambda e, vr: DataElement(e.tag, vr, Sequence() if vr == "SQ" else None),
@@ -87,7 +90,7 @@ class Items:
             Action.CLEAN: self._cleaned,
             Action.KEEP_TEXT: lambda e, vr: with_values(e, vr, plain(values_of(e))),
             Action.MAP_UID: lambda e, vr: with_values(e, vr, [v and self.pseudonymiser.uid(v) for v in values_of(e)]),
-            Action.SHIFT: lambda e, vr: with_values(e, vr, [self._shifted(v, vr) for v in values_of(e)]),
+            Action.SHIFT: lambda e, vr: with_values(e, vr, [self.shifted(v, vr) for v in values_of(e)]),
             Action.AGE: lambda e, vr: with_values(e, vr, [a for v in values_of(e) if (a := capped(v))]),
             Action.RECURSE: self._recurse,
         }
@@ -113,6 +116,8 @@ class Items:
         if public is False:
             for keyword, value in LOCAL_CODE.items():
                 setattr(out, keyword, value)
+        if "structured" in self.profile.columns:
+            guard(source, out, self.profile)
         return out
 
     def _action(self, source: Dataset, tag: Any, parent: str, public: bool | None) -> Action:
@@ -139,13 +144,15 @@ class Items:
             if action is Action.KEEP_STRING:
                 return kept_string(element)
             return self.handlers[action](source[tag], source[tag].VR)
-        except (DicomError, RecursionError):
+        except (DicomError, NotPlain, RecursionError):
             raise
         except Exception:  # noqa: BLE001 - bytes that are not what the VR says: unreadable, so not kept
             return None
 
     def _cleaned(self, element: DataElement, vr: str) -> DataElement | None:
         """The words of a vocabulary; where none is left, what the Basic profile does."""
+        if self.root is None:
+            raise NotPlain
         if self._secret is None:
             self._secret = own_words(self.root)
         texts = [cleaned(value, self._secret) for value in values_of(element)]
@@ -176,7 +183,7 @@ class Items:
             if vr in TEXT_VRS:
                 return with_values(element, vr, plain(values_of(element)))
             return kept_string(element) if vr in STRINGS else element
-        except (DicomError, RecursionError):
+        except (DicomError, NotPlain, RecursionError):
             raise
         except Exception:  # noqa: BLE001 - bytes that are not what the list says: not kept
             return None
@@ -190,7 +197,7 @@ class Items:
         self.path.pop()
         return DataElement(element.tag, "SQ", Sequence(items))
 
-    def _shifted(self, text: str, vr: str) -> str:
+    def shifted(self, text: str, vr: str) -> str:
         """A DA or DT moved by whole days, at the precision it had; empty if it is no date."""
         match = (_DATE if vr == "DA" else _DATETIME).fullmatch(text.strip())
         if match is None:
