@@ -245,6 +245,35 @@ def test_a_whole_release_under_load_loses_no_request(served: Served) -> None:
     wait_until(lambda: sum("radloop.serving.predictor" in c for c in processes(served.home).values()) == 1)
 
 
+def test_a_patient_always_meets_the_same_model(served: Served) -> None:
+    """An A/B test in which one patient's images are read by two models compares nothing, and confuses who reads them."""
+    one, two = served.model(1), served.model(2)
+    served.deploy(rollout.single(served.home, one))
+    seen: dict[int, set[str]] = {}
+    for percent in (25, 50):
+        served.deploy(rollout.canary(served.home, two, percent))
+        found: dict[int, set[str]] = {}
+        for number in [*range(40)] * 2:
+            data = packages.dicom(number, patient=f"patient {number}")
+            answer = client.predict_dicom(served.url, data, site="A", token=packages.TOKEN)
+            found.setdefault(number, set()).add(answer.version)
+        assert all(len(versions) == 1 for versions in found.values())
+        share = sum(versions == {"2"} for versions in found.values()) / len(found)
+        assert abs(share - percent / 100) < 0.2
+        assert all(found[number] == {"2"} for number, versions in seen.items() if versions == {"2"}), (
+            "a patient went back"
+        )
+        seen = found
+    headers = {"content-type": "application/dicom", "authorization": f"Bearer {packages.TOKEN}", "x-radloop-site": "A"}
+    for wanted, version in (("champion", "1"), ("challenger", "2")):
+        asked = httpx.post(
+            f"{served.url}/v2/models/default/infer",
+            content=packages.dicom(1),
+            headers=headers | {"x-radloop-model": wanted},
+        )
+        assert asked.json()["model_version"] == version
+
+
 def _check_log(served: Served, one: ModelRef, two: ModelRef) -> None:
     """Pairs all the way through shadow and canary, each with one answer that left."""
     rows = served.rows()

@@ -50,7 +50,7 @@ def test_a_canary_always_asks_both() -> None:
         for route in routes
         if route["match"].get("path") == "/v2/models/default/infer"
     ]
-    assert asked == [{CHAMPION.cluster, CHALLENGER.cluster}] * 2
+    assert asked == [{CHAMPION.cluster, CHALLENGER.cluster}] * 6
 
 
 def test_only_a_challenger_that_is_asked_is_named() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import msgspec
 
-from radloop.errors import ServingError
+from radloop.dicom.header import read_header
+from radloop.dicom.uids import normalise
+from radloop.errors import DicomError, ServingError
+from radloop.serving.gateway import SUBJECT_HEADER, SUBJECTS
 
 
 class Prediction(msgspec.Struct, frozen=True):
@@ -44,6 +48,8 @@ def predict_dicom(
     headers = {"content-type": "application/dicom"}
     if site:
         headers["x-radloop-site"] = site
+    if (number := subject(data, site)) is not None:
+        headers[SUBJECT_HEADER] = str(number)
     body = _post(f"{url.rstrip('/')}/v2/models/{model}/infer", data, headers, token, timeout_s, client)
     columns = {output["name"]: output["data"] for output in body["outputs"]}
     return Prediction(
@@ -53,6 +59,19 @@ def predict_dicom(
         version=str(body["model_version"]),
         model_digest=str(body["parameters"]["model_digest"]),
     )
+
+
+def subject(data: bytes, site: str) -> int | None:
+    """The patient's place in an A/B test, 0 to 9999: a digest of PatientID and issuer, far too short to tell who it is.
+
+    None for bytes without a usable PatientID; such a request goes to either model by chance.
+    """
+    try:
+        header = read_header(data)
+    except DicomError:
+        return None
+    identity = f"{normalise(header.issuer or site)}\0{normalise(header.patient_id)}"
+    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") % SUBJECTS
 
 
 def predict_tensor(

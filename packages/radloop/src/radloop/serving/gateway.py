@@ -4,7 +4,10 @@
 |---|---|---|
 | single | the champion | nobody |
 | shadow | the champion | the challenger; its answer is thrown away |
-| canary | the challenger for `percent` of the requests, else the champion | the other one; its answer is thrown away |
+| canary | the challenger for `percent` of the patients, else the champion | the other one; its answer is thrown away |
+
+A canary divides by patient where the client says which (`SUBJECT_HEADER`, as radloop's does), by chance where it does not, and a
+client may ask for one of the two (`MODEL_HEADER`): an A/B test is a canary that stays at one share.
 
 Because a canary also asks the other model, every request gives a pair of answers to judge by, whatever `percent` is.
 
@@ -31,6 +34,12 @@ CHAMPION_HEADER = "x-radloop-champion"
 CHALLENGER_HEADER = "x-radloop-challenger"
 MIRROR_HEADER = "x-radloop-mirror"
 """Set by the gateway alone: which models are in play, and that the answer to this copy will be thrown away."""
+
+SUBJECT_HEADER = "x-radloop-subject"
+"""Set by the client: a number from 0 to `SUBJECTS` - 1 that follows from the patient, so that a canary is an A/B by patient."""
+SUBJECTS = 10_000
+MODEL_HEADER = "x-radloop-model"
+"""Set by a client that wants the answer of `champion` or of `challenger` while there are two."""
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
 REQUEST_TIMEOUT_S = 60
@@ -206,15 +215,27 @@ def _routes(routes: Routes) -> list[dict[str, Any]]:
     elif routes.strategy == "shadow":
         made.append(_route(infer, champion.cluster, mirror=challenger.cluster))
     else:
+        to_challenger = {"cluster": _aggregate_name(challenger), "mirror": champion.cluster}
+        to_champion = {"cluster": champion.cluster, "mirror": challenger.cluster}
         share = {"default_value": {"numerator": routes.percent, "denominator": "HUNDRED"}}
-        to_challenger = infer | {"runtime_fraction": share}
-        made.append(_route(to_challenger, _aggregate_name(challenger), mirror=champion.cluster))
-        made.append(_route(infer, champion.cluster, mirror=challenger.cluster))
+        made.append(_route(infer | _asks_for("challenger"), **to_challenger))
+        made.append(_route(infer | _asks_for("champion"), **to_champion))
+        # A patient always meets the same model, and one that the challenger had at 5 % it has at 25 %.
+        if routes.percent:
+            mine = {"name": SUBJECT_HEADER, "range_match": {"start": 0, "end": routes.percent * SUBJECTS // 100}}
+            made.append(_route(infer | {"headers": [mine]}, **to_challenger))
+        made.append(_route(infer | {"headers": [{"name": SUBJECT_HEADER, "present_match": True}]}, **to_champion))
+        made.append(_route(infer | {"runtime_fraction": share}, **to_challenger))
+        made.append(_route(infer, **to_champion))
         versioned = {"path_separated_prefix": f"/v2/models/{name}/versions/{challenger.version}"}
         made.append(_route(versioned, challenger.cluster))
     made.append(_route({"path": "/v2"}, champion.cluster))
     made.append(_route({"prefix": "/v2/"}, champion.cluster))
     return made
+
+
+def _asks_for(model: str) -> dict[str, Any]:
+    return {"headers": [{"name": MODEL_HEADER, "string_match": {"exact": model}}]}
 
 
 def _route(match: dict[str, Any], cluster: str, mirror: str | None = None) -> dict[str, Any]:
