@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -44,7 +43,10 @@ def facts(summary: Summary, recipe: Recipe, *, dry_run: bool) -> dict[str, Any]:
     deidentifier = recipe.deidentifier()
     profile = deidentifier.profile
     attributes: dict[str, dict[str, int]] = {}
-    for (path, action), count in sorted(summary.attributes.items()):
+    # Keywords first, then what has none: private attributes and group lengths.
+    for (path, action), count in sorted(
+        summary.attributes.items(), key=lambda row: (row[0][0].startswith("("), row[0])
+    ):
         attributes.setdefault(path, {})[action] = count
     return {
         "version": version("radloop"),
@@ -123,8 +125,6 @@ def _html(told: dict[str, Any]) -> str:
 
     files = told["files"]
     there = files["cleaned"] + files["kept"]
-    seen = Counter(action for row in told["attributes"] for action in row["actions"])
-    names = [name for name in _ACTIONS if name in seen] + sorted(set(seen) - set(_ACTIONS))
     counted = [
         (said, files[name]) for name, said in {"all": "files", **OUTCOMES, "dicomdir": "DICOMDIR left out"}.items()
     ]
@@ -139,6 +139,6 @@ def _html(told: dict[str, Any]) -> str:
         headline=f"{output.plural(there, 'file')} in the output, of {output.plural(files['all'], 'file')}.",
         counted=counted,
         output_files=there,
-        actions=[{"name": name, "title": _ACTIONS.get(name, name.lower())} for name in names],
+        actions=_ACTIONS,
         places=", ".join(map(str, places)) + more,
     )
