@@ -24,10 +24,17 @@ def prepare(settings: Settings) -> Pipeline:
     arrived = b.add(
         p.ingest,
         folders=[msgspec.to_builtins(folder) for folder in settings.ingest.folders],
+        pacs=[msgspec.to_builtins(source) for source in settings.ingest.pacs],
         task=settings.task.name,
         given_split=settings.split.given,
     )
-    cleaned = b.add(p.deidentify, received=arrived.received, profile=settings.deidentify.profile, key=key)
+    cleaned = b.add(
+        p.deidentify,
+        received=arrived.received,
+        profile=settings.deidentify.profile,
+        options=list(settings.deidentify.options),
+        key=key,
+    )
     checked = b.add(
         p.quality,
         clean=cleaned.clean,

@@ -31,6 +31,7 @@ MODULES = (
     "setup",
     "doctor",
     "intake",
+    "pacs",
     "labels",
     "patients",
     "deidentify",
@@ -41,6 +42,7 @@ MODULES = (
     "approvals",
     "serving",
     "trace",
+    "backup",
     "export",
     "engine",
 )
@@ -48,11 +50,12 @@ MODULES = (
 
 SECTIONS = {
     "Start": ("demo", "init", "setup", "doctor"),
-    "Bring images and labels": ("listen", "ingest", "import-images", "labels", "patients"),
+    "Bring images and labels": ("listen", "ingest", "pacs", "import-images", "labels", "patients"),
     "On its own": ("deidentify",),
     "Run the loop": ("run", "stage", "status", "approve", "report"),
     "Serve": ("serve", "predict", "rollback"),
     "Look into it": ("dataset", "quarantine", "trace", "ledger"),
+    "Keep it": ("backup", "restore"),
     "Other engines": ("schema", "export", "engine"),
 }
 

@@ -15,6 +15,7 @@ from radloop.stages.kinds import TABLE, Dataset, Instances, Labels, Schema, Tens
 if TYPE_CHECKING:
     from radloop.catalog.schema import Instance
     from radloop.catalog.store import Catalog
+    from radloop.dicom.landing import Landing
 
 _BATCH = 64
 CLASSES = {"1": 1, "0": 0}
@@ -29,13 +30,16 @@ def ingest(
     *,
     home: Home,
     folders: list[dict[str, str]] = [],  # noqa: B006 - stages never change their parameters
+    pacs: list[dict[str, Any]] = [],  # noqa: B006
     task: str = "finding",
     given_split: str = "",
 ) -> None:
-    """Take in folders of DICOM, then list every instance of a complete study, every label, and the schema a person reviewed.
+    """Take in folders of DICOM and what is new at PACS, then list every instance of a complete study, every label, and the
+    schema a person reviewed.
 
     Args:
         folders: `{"path", "site"}`, complete once they are read; what the listener received is in the catalog already.
+        pacs: blocks of [[ingest.pacs]], the name of a PACS and which studies of it.
         task: the label task.
         given_split: the label task that holds a split the user brought; empty: radloop splits.
     """
@@ -49,6 +53,8 @@ def ingest(
         landing.recover()
         for folder in folders:
             landing.receive_folder(home / folder["path"], site=folder["site"], progress=progress)
+        for source in pacs:
+            _fetch(home, landing, catalog, source)
         if (batch := catalog.seal_ingest(actor="ingest")) is not None:
             log(f"new since the last run: {batch}")
         waits = _release_complete(home, catalog)
@@ -84,6 +90,24 @@ def ingest(
     )
     received.counts["instances"] = len(rows)
     labels.counts.update(labelled=len(values), contradicting=len(contradicting))
+
+
+def _fetch(home: Path, landing: Landing, catalog: Catalog, source: dict[str, Any]) -> None:
+    """What is new at one PACS. What came before an error is kept, and the next run goes on from there."""
+    from radloop.dicom.pacs.fetch import fetch_new
+    from radloop.dicom.pacs.search import read_query
+    from radloop.settings import FromPacs
+    from radloop.stages.project import fetch_target, open_pacs
+
+    told = msgspec.convert(source, FromPacs)
+    accessions = str(home / told.accessions) if told.accessions else ""
+    query = read_query(
+        modalities=told.modalities, begin=told.since, description=told.description, accessions=accessions
+    )
+    with open_pacs(home, told.name) as pacs:
+        target = fetch_target(home, told.name, landing, catalog)
+        report = fetch_new(pacs, query, target, overlap_days=told.overlap_days, actor="ingest", progress=progress)
+    log(f"{told.name}: {report.summary}")
 
 
 def _release_complete(home: Path, catalog: Catalog) -> str:
@@ -129,14 +153,15 @@ def deidentify(
     *,
     home: Home,
     profile: str = "research",
+    options: list[str] = [],  # noqa: B006 - stages never change their parameters
     key: Secret = "file:radloop.key",
 ) -> None:
     """Write each instance's de-identified twin to the archive; what cannot be cleaned is quarantined with its reason."""
     from radloop.catalog.schema import Archived, Refused
     from radloop.dicom.deidentify import Deidentifier
-    from radloop.stages.project import open_catalog, pseudonymiser
+    from radloop.stages.project import loop_profile, open_catalog, pseudonymiser
 
-    cleaner = Deidentifier(pseudonymiser(home, key), profile=profile)
+    cleaner = Deidentifier(pseudonymiser(home, key), profile=loop_profile(profile, options))
     with open_catalog(home) as catalog:
         wanted = {(row["sop_uid"], row["revision"]) for row in read_table(received.file(TABLE))}
         todo = [row for row in catalog.pending(deid_digest=cleaner.digest) if (row.sop_uid, row.revision) in wanted]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +15,9 @@ from radloop.settings import FILE, Settings, load, secret
 if TYPE_CHECKING:
     from radloop.catalog.store import Catalog
     from radloop.dicom.landing import Landing
+    from radloop.dicom.pacs import Pacs
+    from radloop.dicom.pacs.fetch import Target
+    from radloop.dicom.profile import Profile
     from radloop.dicom.uids import Pseudonymiser
     from radloop.learning.tracking import Tracking
 
@@ -69,6 +73,81 @@ def open_tracking(home: Path) -> Tracking:
     return Tracking(f"sqlite:///{folder / 'mlflow.db'}", folder / "artifacts", settings.task.name)
 
 
+def open_pacs(home: Path, name: str) -> Pacs:
+    """A PACS of [pacs], with its secrets. Raises SettingsError where there is none of this name."""
+    from radloop.dicom.pacs import Patience
+    from radloop.dicom.pacs.tls import tls_context
+    from radloop.settings import DimsePacs
+
+    known = settings_of(home).pacs
+    if name not in known:
+        raise SettingsError(
+            "there is no such PACS",
+            expected=", ".join(known) or f"a section [pacs.{name}] in {FILE}",
+            got=name,
+            next_step="see the comments under [pacs] in it",
+        )
+    told = known[name]
+    ca, certificate, key = (home / path if path else None for path in (told.ca, told.certificate, told.key))
+    tls = tls_context(ca, certificate, key) if ca or certificate else None
+    more: dict[str, Any] = {
+        "patience": Patience(tries=told.tries),
+        "cut_at": told.cut_at,
+        "timeout_s": told.timeout_s,
+    }
+    if isinstance(told, DimsePacs):
+        from radloop.dicom.pacs.dimse import Address, Dimse
+
+        return Dimse(
+            name,
+            Address(host=told.host, port=told.port, called=told.called, calling=told.calling),
+            move_port=told.move_port,
+            move_host=told.move_host,
+            move_ae=told.move_ae,
+            move_first=told.move_first,
+            tls=tls or (tls_context() if told.tls else None),
+            **more,
+        )
+    from radloop.dicom.pacs.web import DicomWeb
+
+    token, password = (secret(one, home).decode() if one else "" for one in (told.token, told.password))
+    return DicomWeb(name, told.url, token=token, user=told.user, password=password, tls=tls, **more)
+
+
+def fetch_target(home: Path, name: str, landing: Landing, catalog: Catalog) -> Target:
+    """Where instances of a PACS of [pacs] go, how quickly, and when."""
+    from radloop.dicom.pacs.fetch import Target
+
+    settings = settings_of(home)
+    told = settings.pacs[name]
+    return Target(
+        landing,
+        catalog,
+        pseudonymiser(home, settings.deidentify.key),
+        told.site,
+        per_s=told.max_instances_per_s,
+        hours=told.hours,
+    )
+
+
+def loop_profile(name: str, options: Sequence[str]) -> Profile:
+    """The de-identification profile of the loop, whose archive and catalog hold pseudonymous UIDs only.
+
+    Raises:
+        SettingsError: no such profile or option, a contradiction, or retain-uids.
+    """
+    from radloop.dicom.profile import chosen
+
+    profile = chosen(name, options)
+    if profile.keeps_uids:
+        raise SettingsError(
+            "the loop's archive cannot keep original UIDs (option retain-uids, 113110)",
+            expected="options without it; the archive and the catalog are keyed by pseudonyms",
+            next_step="`radloop deidentify IN OUT --option retain-uids` writes such files elsewhere",
+        )
+    return profile
+
+
 def check(settings: Settings) -> None:
     """Check the sections that a room reads, before a long run meets a typo.
 
@@ -82,6 +161,7 @@ def check(settings: Settings) -> None:
     from radloop.monitoring.drift import Thresholds
     from radloop.serving.judge import Margins
 
+    loop_profile(settings.deidentify.profile, settings.deidentify.options)
     for name, values, struct in (
         ("preprocess", settings.preprocess, Preprocessing),
         ("train", settings.train, TrainConfig),

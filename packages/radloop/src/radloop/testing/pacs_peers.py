@@ -10,18 +10,24 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 import httpx
 
 from radloop.testing.modality import send
 
+if TYPE_CHECKING:
+    from radloop.dicom.pacs import Pacs
+
 _READY_S = 60.0
 _PLUGIN = "libOrthancDicomWeb.so"
 _PLUGINS = Path("/usr/share/orthanc/plugins")
+# To the kernel the parent is the thread that made the child: one that lives as long as this process.
+_STARTER = ThreadPoolExecutor(1, thread_name_prefix="pacs")
 # The child asks the kernel to be ended when its parent is: a killed test leaves no server behind.
 _WITH_PARENT = (
     "import ctypes,os,sys;ctypes.CDLL(None).prctl(1,9);os.getppid()=={parent} or os._exit(1);"
@@ -29,11 +35,46 @@ _WITH_PARENT = (
 )
 
 
+def has_dicomweb() -> bool:
+    """Whether Orthanc's DICOMweb plugin is installed."""
+    return (_PLUGINS / _PLUGIN).exists()
+
+
 def free_port() -> int:
     """A port that nothing listened on a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+class _Dimse:
+    """How a PACS is spoken to by DIMSE: C-GET, or C-MOVE where `moves`."""
+
+    title = ""
+    port = 0
+    move_port: int | None = 0
+    moves = False
+
+    def pacs(self, **changes: Any) -> Pacs:
+        """An adapter."""
+        from radloop.dicom.pacs.dimse import Address, Dimse
+
+        address = Address(host="127.0.0.1", port=self.port, called=self.title)
+        return Dimse("main", address, move_port=self.move_port, move_first=self.moves, **{"timeout_s": 15.0, **changes})
+
+    def stranger(self) -> Pacs:
+        """One under an AE title that the PACS does not know."""
+        from radloop.dicom.pacs.dimse import Address, Dimse
+
+        address = Address(host="127.0.0.1", port=self.port, called=self.title, calling="STRANGER")
+        return Dimse("main", address, timeout_s=15.0)
+
+    def toml(self) -> str:
+        """Its section."""
+        return (
+            f'[pacs.main]\nkind = "dimse"\nhost = "127.0.0.1"\nport = {self.port}\ncalled = "{self.title}"\n'
+            f"move_port = {self.move_port}\nmove_first = {str(self.moves).lower()}\n"
+        )
 
 
 class _Server:
@@ -44,16 +85,19 @@ class _Server:
         folder.mkdir(parents=True, exist_ok=True)
         self._process: subprocess.Popen[bytes] | None = None
 
-    def _run(self, *command: str, env: dict[str, str] | None = None) -> None:
-        with (self.folder / "log.txt").open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _WITH_PARENT.format(parent=os.getpid()), *command],
-                cwd=self.folder,
-                env={**os.environ, "TCP_NODELAY": "1", **(env or {})},
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+    def _run(self, *command: str) -> None:
+        def run() -> subprocess.Popen[bytes]:
+            with (self.folder / "log.txt").open("ab") as log:
+                return subprocess.Popen(
+                    [sys.executable, "-c", _WITH_PARENT.format(parent=os.getpid()), *command],
+                    cwd=self.folder,
+                    env={**os.environ, "TCP_NODELAY": "1"},
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+
+        self._process = _STARTER.submit(run).result()
 
     def _await(self, port: int) -> None:
         until = time.monotonic() + _READY_S
@@ -96,19 +140,21 @@ class _Server:
         self.stop()
 
 
-class Orthanc(_Server):
-    """Orthanc with its DICOMweb plugin. It lets anybody but `move_ae` search and fetch only under `calling`.
+class Orthanc(_Dimse, _Server):
+    """Orthanc with its DICOMweb plugin. By DIMSE it answers RADLOOP only.
 
     Attributes:
         port: of DIMSE; called AE title ORTHANC.
+        move_port: where it sends on C-MOVE to RADLOOP.
         url: of DICOMweb; user `radloop`, password `password`.
     """
 
     title = "ORTHANC"
 
-    def __init__(self, folder: Path, *, calling: str = "RADLOOP", move_port: int = 0, **more: object) -> None:
+    def __init__(self, folder: Path, *, moves: bool = False, **more: object) -> None:
         super().__init__(folder)
-        self.port, self._http = free_port(), free_port()
+        self.moves = moves
+        self.port, self._http, self.move_port = free_port(), free_port(), free_port()
         self.password = secrets.token_hex(8)
         self.url = f"http://127.0.0.1:{self._http}/dicom-web"
         self.rest = f"http://127.0.0.1:{self._http}"
@@ -121,7 +167,7 @@ class Orthanc(_Server):
             "DicomAet": self.title,
             "DicomCheckCalledAet": True,
             "DicomPort": self.port,
-            "DicomModalities": {"us": [calling, "127.0.0.1", move_port or 1], "send": ["SENDER", "127.0.0.1", 1]},
+            "DicomModalities": {"us": ["RADLOOP", "127.0.0.1", self.move_port], "send": ["SENDER", "127.0.0.1", 1]},
             "DicomAlwaysAllowEcho": False,
             "DicomAlwaysAllowStore": False,
             "DicomAlwaysAllowFind": False,
@@ -152,25 +198,51 @@ class Orthanc(_Server):
                 client.post(f"{self.rest}/instances", content=path.read_bytes()).raise_for_status()
 
 
-class Dcmqrscp(_Server):
-    """dcmtk's query/retrieve SCP: called AE title DCMQRSCP; it knows RADLOOP (for C-MOVE at `move_port`) and SENDER."""
+class OrthancWeb(Orthanc):
+    """Orthanc, spoken to by DICOMweb."""
+
+    def pacs(self, **changes: Any) -> Pacs:
+        """An adapter."""
+        from radloop.dicom.pacs.web import DicomWeb
+
+        return DicomWeb("main", self.url, user="radloop", password=self.password, **changes)
+
+    def stranger(self) -> Pacs:
+        """One with a wrong password."""
+        from radloop.dicom.pacs.web import DicomWeb
+
+        return DicomWeb("main", self.url, user="radloop", password=self.password[::-1])
+
+    def toml(self) -> str:
+        """Its section; the password is in the file pacs.password of the project."""
+        return (
+            f'[pacs.main]\nkind = "dicomweb"\nurl = "{self.url}"\nuser = "radloop"\npassword = "file:pacs.password"\n'
+        )
+
+
+class Dcmqrscp(_Dimse, _Server):
+    """dcmtk's query/retrieve SCP: called AE title DCMQRSCP; it knows RADLOOP (for C-MOVE, at `move_port`) and SENDER.
+
+    `compresses`: it keeps JPEG 2000 as it is, and offers it first when it sends.
+    """
 
     title = "DCMQRSCP"
 
-    def __init__(self, folder: Path, *, calling: str = "RADLOOP", move_port: int = 0) -> None:
+    def __init__(self, folder: Path, *, moves: bool = False, compresses: bool = True, more: Sequence[str] = ()) -> None:
         super().__init__(folder)
-        self.port = free_port()
+        self.moves, self._more = moves, [*more, *(("+xv", "-xv") if compresses else ())]
+        self.port, self.move_port = free_port(), free_port()
         (folder / "db").mkdir(exist_ok=True)
         (folder / "dcmqrscp.cfg").write_text(
             f"NetworkTCPPort = {self.port}\nMaxPDUSize = 131072\nMaxAssociations = 16\n"
-            f"HostTable BEGIN\nus = ({calling}, localhost, {move_port or 1})\nsend = (SENDER, localhost, 1)\n"
+            f"HostTable BEGIN\nus = (RADLOOP, localhost, {self.move_port})\nsend = (SENDER, localhost, 1)\n"
             "peers = us, send\nHostTable END\nVendorTable BEGIN\nVendorTable END\n"
-            f"AETable BEGIN\n{self.title} {folder / 'db'} RW (1000, 1024mb) peers\nAETable END\n"
+            f"AETable BEGIN\n{self.title} {folder / 'db'} RW (500, 1024mb) peers\nAETable END\n"
         )
 
     def start(self) -> None:
-        """Start it; it keeps and sends JPEG 2000 as it is."""
-        self._run("dcmqrscp", "+xv", "-xv", "-c", str(self.folder / "dcmqrscp.cfg"))
+        """Start it."""
+        self._run("dcmqrscp", *self._more, "-c", str(self.folder / "dcmqrscp.cfg"))
         self._await(self.port)
 
     def store(self, files: Iterable[Path]) -> None:

@@ -31,9 +31,9 @@ Sink = Callable[[bytes], None]
 class Query(msgspec.Struct, frozen=True, kw_only=True):
     """Which studies. What is empty matches all; several values of one key are alternatives; all keys must fit.
 
-    `begin` and `end`: StudyDate, both included. In texts, `*` is any text and `?` any character. `description` is
-    compared here with StudyDescription, whatever its case: PACS differ in case and in character sets. It narrows what
-    is found, not what the PACS must list: give dates too.
+    `begin` and `end`: StudyDate, both included. `description`: `*` is any text and `?` any character, whatever its case.
+    It is compared with StudyDescription here, since PACS differ in case and in character sets: it narrows what is
+    found, not what the PACS must list, so give dates too.
     """
 
     modalities: tuple[str, ...] = ()

@@ -63,6 +63,32 @@ _COMPRESSED = (
     *(f"1.2.840.10008.1.2.4.{n}" for n in (201, 202, 203, 100, 101, 102, 103, 107, 108)),  # HTJ2K, MPEG-2/4, HEVC
 )
 
+_COMMON = tuple(
+    f"1.2.840.10008.5.1.4.1.1.{end}"
+    for end in (
+        *("2", "4", "1", "1.1", "1.1.1", "1.2", "1.2.1", "1.3", "6.1", "3.1", "7", "7.1", "7.2", "7.3", "7.4"),
+        *(
+            "128",
+            "20",
+            "12.1",
+            "12.2",
+            "2.1",
+            "4.1",
+            "4.3",
+            "128.1",
+            "12.1.1",
+            "12.2.1",
+            "13.1.3",
+            "13.1.1",
+            "2.2",
+            "4.4",
+        ),
+        *("77.1.1", "77.1.4", "77.1.5.1", "77.1.5.4", "66.4", "88.11", "88.22", "88.33", "88.67", "104.1", "11.1"),
+        *("481.1", "481.2", "481.3", "481.5", "66", "66.1"),
+    )
+)
+"""Storage SOP classes in the order in which one may meet them: where a PACS does not say which a study is of."""
+
 _MAX_CONTEXTS = 128  # PS3.8 section 9.3.2.2: odd identifiers of one byte
 _MAX_PDU = 131072  # dcmtk's largest; the default of 16 KB costs four times the reads
 _LIST_UIDS = 100  # in one C-GET or C-MOVE
@@ -277,7 +303,8 @@ class Dimse(Pacs):
                 )
             if code == 0x0122 or (code >> 8 == 0xA9 and way == "C-GET"):
                 raise _NotOffered
-            if code not in (0xFF00, 0xB000, 0xFE00) and not (code == 0xA702 and intake.received):
+            # A702 is also what a PACS says when each sub-operation failed.
+            if code not in (0xFF00, 0xB000, 0xFE00) and not (code == 0xA702 and failed):
                 self._status(status, way)
         if intake.error is not None:
             raise intake.error
@@ -334,7 +361,7 @@ class Dimse(Pacs):
         roles: Sequence[Any] = (),
         on_store: Callable[[evt.Event], int] | None = None,
     ) -> Association:
-        ae = AE(ae_title=self.address.calling)
+        ae = _Ae(ae_title=self.address.calling)
         ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = self._timeout_s
         ae.connection_timeout = self._timeout_s
         handlers: list[Any] = [(evt.EVT_CONN_OPEN, _no_delay)]
@@ -400,7 +427,14 @@ class Dimse(Pacs):
             return
         kind = PacsUnavailable if code >> 8 == 0xA7 else PacsError
         # ErrorComment is left out: some PACS repeat the query in it.
-        raise kind(f"{self.name} refuses a {service}", expected="status 0000", got=f"status {code:04X} (PS3.4)")
+        raise kind(
+            f"{self.name} refuses a {service}",
+            expected="status 0000",
+            got=f"status {code:04X} (PS3.4)",
+            next_step=f"see its log; it must reach {self._receiver.title} at our host and move_port"
+            if service == "C-MOVE"
+            else None,
+        )
 
     def close(self) -> None:
         """Release the association of searches and stop receiving."""
@@ -538,7 +572,7 @@ def _storage_contexts(classes: Iterable[str], attempt: int = 0) -> list[Presenta
     syntaxes = [syntax for group in groups for syntax in group]
     if known and len(known) * len(syntaxes) <= room:
         return [build_context(uid, syntax) for uid in known for syntax in syntaxes]
-    named = known or [str(context.abstract_syntax) for context in StoragePresentationContexts]
+    named = known or list(dict.fromkeys([*_COMMON, *(str(one.abstract_syntax) for one in StoragePresentationContexts)]))
     return [build_context(uid, list(group)) for uid in named for group in groups][:room]
 
 
@@ -592,6 +626,23 @@ def _kind(path: Path) -> tuple[str, str]:
         raise PacsError("a file to send has no File Meta Information", next_step="send DICOM files only") from None
 
 
+class _Ae(AE):
+    """pynetdicom (3.0.4) forgets a socket without closing it when the connection fails or the peer is gone."""
+
+    def _create_socket(self, assoc: Association, address: Any, tls_args: Any) -> Any:
+        made = super()._create_socket(assoc, address, tls_args)
+        shut_down = made._shutdown_socket
+
+        def close() -> None:
+            connection = made.socket
+            shut_down()
+            if connection is not None:
+                connection.close()
+
+        made._shutdown_socket = close  # type: ignore[method-assign]
+        return made
+
+
 class _Held(threading.Event):
     """In place of the event that pauses a requestor's reactor: it parks the reactor for good.
 
@@ -631,10 +682,6 @@ def _end(association: Association) -> None:
     association.kill()
     if isinstance(held := association._reactor_checkpoint, _Held):
         held.let_go()
-    transport = association.dul.socket
-    if transport is not None and transport.socket is not None:
-        with suppress(OSError):
-            transport.socket.close()
 
 
 def _no_delay(event: evt.Event) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from radloop.catalog.audit import record
 from radloop.catalog.fetched import FetchedStudy
 from radloop.dicom.landing import Arrival, Landing, OutcomeKind
 from radloop.dicom.pacs import InstanceFound, Pacs, Query, StudyFound
@@ -69,13 +70,35 @@ class Report(msgspec.Struct, kw_only=True):
     closed: bool = False
 
     @property
+    def summary(self) -> str:
+        """One line, without PHI."""
+        counts = {
+            "found": self.found,
+            "fetched": self.fetched,
+            "unchanged": self.unchanged,
+            "incomplete": self.incomplete,
+            "left for later": self.left,
+        }
+        studies = ", ".join(f"{value:,} {name}" for name, value in counts.items() if value) or "none found"
+        ways = ", ".join(f"{value:,} by {name}" for name, value in sorted(self.ways.items()))
+        line = f"studies: {studies}; instances: {self.received:,} received" + (f" ({ways})" if ways else "")
+        line += f", {self.missing:,} missing" if self.missing else ""
+        return line + ("; outside its hours" if self.closed else "")
+
+    @property
     def whole(self) -> bool:
         """Whether all that was found is here."""
         return not self.incomplete and not self.left
 
 
 def fetch(
-    pacs: Pacs, query: Query, target: Target, *, limit: int | None = None, progress: Progress = lambda done, total: None
+    pacs: Pacs,
+    query: Query,
+    target: Target,
+    *,
+    actor: str,
+    limit: int | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> Report:
     """Retrieve the instances of the studies found that are not here yet; again, or after a kill, it goes on.
 
@@ -83,6 +106,7 @@ def fetch(
         pacs: where from; its name is the sender.
         query: which studies; oldest first.
         target: where to.
+        actor: who asks, for the ledger: there is one audit row before anything is retrieved.
         limit: most studies to retrieve.
         progress: called with instances done and known of.
 
@@ -92,12 +116,24 @@ def fetch(
         StorageFull: no space left; what came before is kept.
     """
     run = _Run(pacs, target, progress)
+    audit(target.catalog, pacs, "pacs fetch", query, actor=actor)
     found = sorted(pacs.find(query), key=lambda study: (study.study_date, study.study_time, study.study_uid))
     return run.studies(found, limit)
 
 
+def audit(catalog: Catalog, pacs: Pacs, action: str, query: Query, *, actor: str, **counts: int) -> None:
+    """One audit row: who asked which PACS, and by which keys; never their values."""
+    record(catalog.ledger, action, "pacs", actor=actor, detail={"pacs": pacs.name, "keys": query.keys, **counts})
+
+
 def fetch_new(
-    pacs: Pacs, query: Query, target: Target, *, overlap_days: int, progress: Progress = lambda done, total: None
+    pacs: Pacs,
+    query: Query,
+    target: Target,
+    *,
+    overlap_days: int,
+    actor: str,
+    progress: Progress = lambda done, total: None,
 ) -> Report:
     """As `fetch`, looking only at study dates since the last run that left nothing open, less `overlap_days`.
 
@@ -105,7 +141,7 @@ def fetch_new(
     with an end, are asked in full.
     """
     if query.end or query.accessions or query.patient_ids or query.study_uids:
-        return fetch(pacs, query, target, progress=progress)
+        return fetch(pacs, query, target, actor=actor, progress=progress)
     digest = hashlib.sha256(repr((sorted(query.modalities), query.description)).encode()).hexdigest()
     looked = target.catalog.looked(pacs.name, digest)
     today = date.today()  # noqa: DTZ011 - StudyDate is local time
@@ -114,7 +150,7 @@ def fetch_new(
         begin = looked[1] - timedelta(days=overlap_days)
         asked = msgspec.structs.replace(query, begin=max(begin, since) if since else begin)
         since = looked[0]
-    report = fetch(pacs, asked, target, progress=progress)
+    report = fetch(pacs, asked, target, actor=actor, progress=progress)
     if report.whole:
         target.catalog.set_looked(pacs.name, digest, since, today)
     return report
@@ -129,6 +165,7 @@ class _Run:
         self._report = Report()
         self._intake = _Intake(target, pacs.name, self._landed)
         self._known = target.catalog.fetched(pacs.name)
+        self._best = 0
         self._done = self._total = 0
 
     def studies(self, found: Sequence[StudyFound], limit: int | None) -> Report:
@@ -189,13 +226,14 @@ class _Run:
         self, study_uid: str, listed: Sequence[InstanceFound], missing: list[InstanceFound]
     ) -> list[InstanceFound]:
         """Ask for what is missing until it is here or was asked for in all ways; what is missing still."""
-        attempt = failures = 0
+        failures, whole = 0, True
+        attempts = sorted(range(_ATTEMPTS), key=lambda attempt: attempt != self._best)
+        began = len(missing)
         self._intake.nameless.clear()
-        while missing and attempt < _ATTEMPTS:
+        while missing and attempts:
             before = len(missing)
             try:
-                self._ask(study_uid, listed, missing, attempt)
-                attempt += 1
+                self._ask(study_uid, listed, missing, attempts[0], whole=whole)
             except PacsUnavailable as error:
                 missing = self._settle(listed)
                 failures = 1 if len(missing) < before else failures + 1
@@ -204,14 +242,21 @@ class _Run:
                 time.sleep(self._pacs.patience.pause_s(failures, error.retry_after_s))
                 continue
             except PacsError:
-                if attempt == 0 and len(self._settle(listed)) == before:
+                if whole and len(self._settle(listed)) == before:
                     raise
-                attempt += 1
             finally:
                 self._intake.flush()
             missing = self._missing(listed)
             if len(missing) <= len(self._intake.nameless):
                 return []  # bytes so broken that they do not say who they are: quarantine holds them
+            if len(missing) < before / 2:
+                self._best = attempts[0]  # the next study comes the same way, most likely
+            attempts, whole = attempts[1:], False
+        if len(missing) == began:
+            raise PacsError(
+                f"{self._pacs.name} lists instances and sends none of them",
+                next_step="see its log; by C-MOVE it must reach us: our AE title, host and move_port in its list of nodes",
+            )
         return missing
 
     def _settle(self, listed: Sequence[InstanceFound]) -> list[InstanceFound]:
@@ -219,9 +264,15 @@ class _Run:
         return self._missing(listed)
 
     def _ask(
-        self, study_uid: str, listed: Sequence[InstanceFound], missing: Sequence[InstanceFound], attempt: int
+        self,
+        study_uid: str,
+        listed: Sequence[InstanceFound],
+        missing: Sequence[InstanceFound],
+        attempt: int,
+        *,
+        whole: bool,
     ) -> None:
-        for series_uid, instances in _pieces(listed, missing, whole=attempt == 0):
+        for series_uid, instances in _pieces(listed, missing, whole=whole):
             got = self._pacs.fetch(
                 study_uid, self._intake.take, series_uid=series_uid, instances=instances, attempt=attempt
             )

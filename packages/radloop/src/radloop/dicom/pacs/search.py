@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import date, timedelta
 from fnmatch import translate
+from pathlib import Path
 from re import DOTALL, IGNORECASE
 from re import compile as pattern
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from radloop.dicom.pacs.pace import again
-from radloop.errors import PacsError
+from radloop.errors import PacsError, SettingsError
 
 if TYPE_CHECKING:
     from radloop.dicom.pacs import Pacs, Query, StudyFound
@@ -29,6 +30,72 @@ STUDY_KEYS = (
 _EARLIEST = date(1900, 1, 1)
 _DAY_S = 24 * 3600
 _SHORTEST_S = 60
+
+
+def read_query(
+    *,
+    modalities: Iterable[str] = (),
+    begin: str = "",
+    end: str = "",
+    description: str = "",
+    accessions: str = "",
+    patient_ids: str = "",
+    study_uids: str = "",
+) -> Query:
+    """A query as people write it.
+
+    Args:
+        begin, end: `2026-01-31`, or days before today: `30d`.
+        accessions, patient_ids, study_uids: a file with one value a line, or values with commas between them.
+
+    Raises:
+        SettingsError: a date or a file that cannot be read.
+    """
+    from radloop.dicom.pacs import Query
+
+    return Query(
+        modalities=tuple(dict.fromkeys(one.strip().upper() for one in modalities if one.strip())),
+        begin=_day(begin),
+        end=_day(end),
+        description=description,
+        accessions=_listed(accessions),
+        patient_ids=_listed(patient_ids),
+        study_uids=_listed(study_uids),
+    )
+
+
+def _day(text: str) -> date | None:
+    if not text:
+        return None
+    try:
+        if text.endswith("d") and text[:-1].isdecimal():
+            return date.today() - timedelta(days=int(text[:-1]))  # noqa: DTZ011 - StudyDate is local time
+        return date.fromisoformat(text)
+    except (ValueError, OverflowError):
+        raise SettingsError(
+            "a date cannot be read", expected="2026-01-31, or 30d: days before today", got=text
+        ) from None
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    """Values; they are not repeated in an error, since they may be identifiers."""
+    if not text:
+        return ()
+    path = Path(text)
+    try:
+        is_file = path.is_file()
+    except OSError:  # a long list is no name of a file
+        is_file = False
+    if not is_file and "/" in text and "," not in text:
+        raise SettingsError("a list of identifiers is no file", expected="a file with one value a line")
+    try:
+        values = path.read_text("utf-8-sig").splitlines() if is_file else text.split(",")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError("a list of identifiers cannot be read", got=type(error).__name__) from None
+    found = tuple(dict.fromkeys(value.strip() for value in values if value.strip()))
+    if not found:
+        raise SettingsError("a list of identifiers is empty", expected="one value a line")  # not: everything
+    return found
 
 
 def studies(pacs: Pacs, query: Query) -> Iterator[StudyFound]:
@@ -74,8 +141,8 @@ def fits(found: StudyFound, query: Query) -> bool:
     dated = found.study_date
     return (
         (not query.study_uids or found.study_uid in query.study_uids)
-        and (not query.accessions or any(_like(found.accession, one) for one in query.accessions))
-        and (not query.patient_ids or any(_like(found.patient_id, one) for one in query.patient_ids))
+        and (not query.accessions or found.accession in query.accessions)
+        and (not query.patient_ids or found.patient_id in query.patient_ids)
         and (not query.modalities or bool({*query.modalities} & {*found.modalities}))
         and (query.begin is None or dated >= _da(query.begin))
         and (query.end is None or (bool(dated) and dated <= _da(query.end)))
