@@ -461,12 +461,11 @@ class PacsSuite:
 
     def test_killed_on_the_way(self, peer: Peer, archive: Archive, tmp_path: Path) -> None:
         """SIGKILL, a power cut, an upgrade: the same command again goes on, and doubles nothing."""
-        from radloop.cli.init import make_project
         from radloop.stages.project import open_catalog, open_landing
 
         uids = archive.add("111", 120, day="20250111", side=16)
         project = tmp_path / "project"
-        make_project(project)
+        subprocess.run([sys.executable, "-m", "radloop.cli", "init", str(project)], check=True, capture_output=True)
         (project / "radloop.toml").write_text(f'{peer.toml()}site = "{SITE}"\nmax_instances_per_s = 60\n')
         (project / "pacs.password").touch(0o600)
         (project / "pacs.password").write_text(getattr(peer, "password", "none"))
