@@ -115,7 +115,9 @@ def test_a_name_or_number_in_a_code_string(value: str) -> None:
     assert leaks(original, output) == ["BodyPartExamined"]
 
 
-@pytest.mark.parametrize("name", ["Head^Anna", "Chest^Emma", "Brain^Dennis", "Axial^Abdomen", "Hand^Foot"])
+@pytest.mark.parametrize(
+    "name", ["Head^Anna", "Chest^Emma", "Brain^Dennis", "Axial^Abdomen", "Hand^Foot", "HEADNECK^01"]
+)
 def test_terms_of_the_standard_in_code_strings_are_no_names(name: str) -> None:
     """Else Mr Brain's brain lands in quarantine."""
     original, output = pair(PatientName=name)

@@ -3,8 +3,9 @@
 The tables are in `profile_tables`. Rules for attributes that Table E.1-1 does not name (it leaves these to the
 implementation):
 - not in the standard's dictionary, private, retired repeating groups: removed (`retain-safe-private` keeps some);
-- free text (LO LT SH ST UC UT UR PN AE) and UN: kept if on `KEPT_TEXT`, else emptied or replaced if the IOD demands the
-  attribute, else removed; codes are kept if their scheme is a public one (`PUBLIC_SCHEMES`), else replaced;
+- free text (LO LT SH ST UC UT UR PN AE) and UN: kept if on `KEPT_TEXT`, else (`clean-descriptors`) of it the words of the
+  vocabulary, else emptied or replaced if the IOD demands the attribute, else removed; codes are kept if their scheme is a
+  public one (`PUBLIC_SCHEMES`), else replaced;
 - code strings and numbers: kept if their bytes are what the VR allows, else removed;
 - UIDs: those that name a class, a scheme or a syntax (`CLASS_UIDS`) kept, all others mapped;
 - bulk data (OB OW OF OD OL OV): kept if on `KEPT_BULK`, else removed.
@@ -45,13 +46,18 @@ TEXT_VRS = frozenset({"LO", "LT", "SH", "ST", "UC", "UT", "UR", "PN", "AE"})
 BULK_VRS = frozenset({"OB", "OW", "OF", "OD", "OL", "OV"})
 NUMBER_VRS = frozenset({"US", "SS", "UL", "SL", "UV", "SV", "FL", "FD", "AT"})
 
+_DESCRIPTIVE = frozenset({"LO", "LT", "SH", "ST", "UC", "UT"})
+
 # Needed to interpret the image or to see a scanner change; vendors fill them, and the PHI gate reads them.
 KEPT_TEXT = frozenset(
     str.split("""
     Manufacturer ManufacturerModelName SoftwareVersions DetectorManufacturerName DetectorManufacturerModelName
     SecondaryCaptureDeviceManufacturer SecondaryCaptureDeviceManufacturerModelName
     SecondaryCaptureDeviceSoftwareVersions ConvolutionKernel FilterType SequenceName PulseSequenceName
-    ReceiveCoilName TransmitCoilName ImagedNucleus RescaleType ModalityLUTType StackID
+    ReceiveCoilName TransmitCoilName ImagedNucleus RescaleType ModalityLUTType StackID PositionReferenceIndicator
+    ContrastBolusRoute Radiopharmaceutical RadiopharmaceuticalRoute AttenuationCorrectionMethod ScatterCorrectionMethod
+    ReconstructionMethod DetectorLinesOfResponseUsed PlateType PhosphorType ProcessingFunction PostprocessingFunction
+    AcquisitionDeviceProcessingCode
     """)
 )
 CODE_TEXT = frozenset(str.split("CodeValue CodingSchemeDesignator CodingSchemeVersion CodeMeaning LongCodeValue"))
@@ -409,6 +415,8 @@ def _unlisted(profile: Profile, keyword: str, vr: str, iod: str, parent: str) ->
         return Action.SHIFT
     if vr in ("DA", "DT", "TM") and (profile.shifts_dates or profile.keeps_dates):
         return Action.KEEP_STRING
+    if vr in _DESCRIPTIVE and "descriptors" in profile.columns:
+        return Action.CLEAN
     kind = attribute_type(iod, keyword, parent)
     if vr == "AS" or vr == "UN" or kind in (None, "3") or keyword == "URNCodeValue":
         return Action.REMOVE

@@ -45,22 +45,23 @@ def cleaned(text: str, secret: Set[str] = frozenset()) -> str:
 
 
 def _kept(token: str, following: str, secret: Set[str]) -> str:
-    folded = fold(token)
-    if folded in secret:
+    if fold(token) in secret:
         return ""
-    if _stands(folded, following):
+    if _stands(token, following):
         return token
     parts = _PART.findall(token)  # "head/neck", "post-contrast", "+C"
     if len(parts) < 2:
         return ""
     words = [part for part in parts if part not in "/+-"]
-    if words and all(fold(word) not in secret and _stands(fold(word), "") for word in words):
+    if words and all(fold(word) not in secret and _stands(word, "") for word in words):
         return token
-    return " ".join(word for word in words if fold(word) not in secret and _stands(fold(word), ""))
+    return " ".join(word for word in words if fold(word) not in secret and _stands(word, ""))
 
 
-def _stands(word: str, following: str) -> bool:
-    if word in _words() or _SHAPES.fullmatch(word):
+def _stands(token: str, following: str) -> bool:
+    """Whether a word may stay. `torax` stands for `tórax`, but not `Lạt`, a city, for `lat`."""
+    word = fold(token)
+    if unicodedata.normalize("NFC", token.casefold()) in _words() or _SHAPES.fullmatch(word):
         return True
     measure = _MEASURE.fullmatch(word)
     if measure is not None:
@@ -70,7 +71,8 @@ def _stands(word: str, following: str) -> bool:
 
 @lru_cache(maxsize=1)
 def _words() -> frozenset[str]:
-    return frozenset(fold(word) for word in vocabulary())
+    listed = {unicodedata.normalize("NFC", word.casefold()) for word in vocabulary()}
+    return frozenset(listed | {fold(word) for word in listed})
 
 
 def own_words(ds: Dataset) -> frozenset[str]:

@@ -25,6 +25,7 @@ from radloop.dicom.phi.needles import (
 )
 from radloop.dicom.phi.words import WORD, decodings, fold, is_plain
 from radloop.dicom.profile import TEXT_VRS, table
+from radloop.dicom.profile_tables import vocabulary
 from radloop.dicom.uids import STANDARD_ROOT
 
 FULL_DATES, RETAIN_UIDS, SAFE_PRIVATE, GRAPHICS = "113106", "113110", "113111", "113103"
@@ -207,10 +208,10 @@ def _concepts(scheme: str) -> list[Any]:
 
 @lru_cache(maxsize=1)
 def _standard_words() -> frozenset[str]:
-    """Words of the standard's own: of its attributes' names and of what its codes mean."""
+    """Words of the standard's own: of its attributes' names and of what its codes mean; and terms of imaging."""
     names = [entry[2] for entry in DicomDictionary.values()]
     names += [e[value][0] for scheme in ("DCM", "SCT") for e in _concepts(scheme) for value in e]
-    return frozenset(word for name in names for word in WORD.findall(fold(name)))
+    return frozenset(word for name in [*names, *vocabulary()] for word in WORD.findall(fold(name)))
 
 
 def _in_code(text: str, needles: Needles) -> bool:
