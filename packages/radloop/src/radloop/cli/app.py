@@ -42,6 +42,7 @@ MODULES = (
     "approvals",
     "serving",
     "trace",
+    "volume",
     "backup",
     "export",
     "engine",
@@ -51,7 +52,7 @@ MODULES = (
 SECTIONS = {
     "Start": ("demo", "init", "setup", "doctor"),
     "Bring images and labels": ("listen", "ingest", "pacs", "import-images", "labels", "patients"),
-    "On its own": ("deidentify",),
+    "On its own": ("deidentify", "volume"),
     "Run the loop": ("run", "stage", "status", "approve", "report"),
     "Serve": ("serve", "predict", "rollback"),
     "Look into it": ("dataset", "quarantine", "trace", "ledger"),
