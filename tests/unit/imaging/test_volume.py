@@ -6,6 +6,7 @@ import gzip
 import io
 import re
 import struct
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -347,6 +348,33 @@ def test_colour_other_than_rgb_is_refused() -> None:
     for ds in series:
         ds.PhotometricInterpretation = "RGB"
     assert load(series).array.shape == (5, 6, 8, 3)
+
+
+def test_a_damaged_header_is_a_refusal_and_nothing_else(tmp_path: Path) -> None:
+    """One flipped bit in one file of a night's conversion must cost that file."""
+    rng = np.random.default_rng(5)
+    for n, ds in enumerate([*stack(3), enhanced()]):
+        path = tmp_path / f"{n}.dcm"
+        ds.save_as(path, enforce_file_format=True)
+    whole = {path: path.read_bytes() for path in sorted(tmp_path.iterdir())}
+    refusals = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom's, of values that are none
+        for turn in range(150):
+            path = list(whole)[turn % len(whole)]
+            data = bytearray(whole[path])
+            for place in rng.integers(132, len(data), 4):
+                data[place] ^= 1 << int(rng.integers(8))
+            path.write_bytes(data[: rng.integers(200, len(data))] if turn % 5 == 0 else data)
+            parts = split_series(list(whole))
+            assert {i for part in parts for i, _ in part.sources} == set(range(4))
+            for part in parts:
+                try:
+                    part.load()
+                except VolumeError as error:
+                    refusals.add(error.refusal)
+            path.write_bytes(whole[path])
+    assert {Refusal.UNREADABLE, Refusal.NO_GEOMETRY, Refusal.SINGLE_SLICE} <= refusals
 
 
 # --- references -------------------------------------------------------------------------------------------------------

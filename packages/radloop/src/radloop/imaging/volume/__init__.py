@@ -157,7 +157,7 @@ def split_series(
     """
     given = list(sources)
     parts: list[Part] = []
-    groups: list[list[Plane]] = []
+    places: dict[tuple[object, ...], list[list[Plane]]] = {}
     for i, source in enumerate(given):
         try:
             planes = _planes(source, i, len(given))
@@ -165,25 +165,31 @@ def split_series(
             parts.append(Part({}, ((i, 0),), error, given, None))
             continue
         for plane in planes:
-            fitting = next((group for group in groups if gate.same_place(group[0], plane, tolerance_mm)), None)
+            groups = places.setdefault(gate.place_of(plane), [])
+            fitting = next((group for group in groups if gate.parallel(group[0], plane, tolerance_mm)), None)
             if fitting is None:
                 groups.append([plane])
             else:
                 fitting.append(plane)
-    for group in groups:
+    for group in (group for groups in places.values() for group in groups):
         for told_by, planes in gate.volumes(group):
-            places = tuple((plane.source, plane.frame) for plane in planes)
+            images = tuple((plane.source, plane.frame) for plane in planes)
             try:
                 found = gate.grid(planes, tolerance_mm=tolerance_mm, keep_tilt=keep_tilt)
-                parts.append(Part(told_by, places, None, given, found))
+                parts.append(Part(told_by, images, None, given, found))
             except VolumeError as error:
-                parts.append(Part(told_by, places, error, given, None))
+                parts.append(Part(told_by, images, error, given, None))
     return parts
 
 
 def _planes(source: Source, number: int, of: int) -> list[Plane]:
     ds = source if isinstance(source, Dataset) else _read(source, number, of, pixels_too=False)
-    return planes_of(ds, number)
+    try:
+        return planes_of(ds, number)
+    except VolumeError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a value read late may raise whatever pydicom does; its text may quote it
+        raise _unreadable(number, of, error) from None
 
 
 def _read(source: Source, number: int, of: int, *, pixels_too: bool) -> Dataset:
@@ -192,12 +198,16 @@ def _read(source: Source, number: int, of: int, *, pixels_too: bool) -> Dataset:
     try:
         return pydicom.dcmread(Path(source), stop_before_pixels=not pixels_too)
     except Exception as error:  # noqa: BLE001 - pydicom raises many kinds on garbage; their texts and the path may name someone
-        raise VolumeError(
-            "a file cannot be read as DICOM",
-            refusal=Refusal.UNREADABLE,
-            expected="a DICOM file",
-            got=f"file {number + 1} of {of}: {type(error).__name__}",
-        ) from None
+        raise _unreadable(number, of, error) from None
+
+
+def _unreadable(number: int, of: int, error: Exception) -> VolumeError:
+    return VolumeError(
+        "a file cannot be read as DICOM",
+        refusal=Refusal.UNREADABLE,
+        expected="a DICOM file",
+        got=f"file {number + 1} of {of}: {type(error).__name__}",
+    )
 
 
 def _volume(found: Grid, given: Sequence[Source]) -> Volume:

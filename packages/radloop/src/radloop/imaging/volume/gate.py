@@ -64,14 +64,14 @@ def grid(planes: list[Plane], *, tolerance_mm: float = TOLERANCE_MM, keep_tilt: 
     return Grid(planes=ordered, affine=affine, tilt_deg=tilt)
 
 
-def same_place(a: Plane, b: Plane, tolerance_mm: float = TOLERANCE_MM) -> bool:
-    """Whether both have one matrix, spacing and orientation, so that they could lie in one grid."""
-    return (
-        (a.shape, a.pixels, a.frame_of_reference_uid, a.series_uid)
-        == (b.shape, b.pixels, b.frame_of_reference_uid, b.series_uid)
-        and _turned_mm(a, b) <= tolerance_mm
-        and _stretched_mm(a, b) <= tolerance_mm
-    )
+def place_of(plane: Plane) -> tuple[object, ...]:
+    """What is equal in all planes of one grid."""
+    return plane.series_uid, plane.frame_of_reference_uid, plane.shape, plane.pixels
+
+
+def parallel(a: Plane, b: Plane, tolerance_mm: float = TOLERANCE_MM) -> bool:
+    """Whether both have one orientation and one spacing."""
+    return _turned_mm(a, b) <= tolerance_mm and _stretched_mm(a, b) <= tolerance_mm
 
 
 def _check_same(planes: list[Plane], tolerance_mm: float) -> None:
