@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from radloop.errors import ServingError
@@ -188,7 +189,7 @@ class Load:
 def test_envoy_accepts_every_configuration(strategy: str, tmp_path: Path, require_service: Callable[..., str]) -> None:
     """A configuration that Envoy refuses leaves the old routes in place, and a release hangs."""
     require_service("Envoy", "envoy")
-    champion, challenger = Upstream("a" * 64, "1", 1001), Upstream("b" * 64, "2", 1002)
+    champion, challenger = Upstream("a" * 64, "1", 1001, 1003), Upstream("b" * 64, "2", 1002, 1004)
     routes = {
         "none": Routes(),
         "single": Routes(champion=champion),
@@ -272,6 +273,35 @@ def test_a_patient_always_meets_the_same_model(served: Served) -> None:
             headers=headers | {"x-radloop-model": wanted},
         )
         assert asked.json()["model_version"] == version
+
+
+def test_grpc_goes_through_the_same_gateway(served: Served) -> None:
+    """A client that speaks gRPC must be under the same release, and the judge must see its requests."""
+    import tritonclient.grpc as triton
+
+    one, two = served.model(1), served.model(2)
+    served.deploy(rollout.single(served.home, one))
+
+    def versions(count: int, metadata: dict[str, str]) -> Counter[str]:
+        found: Counter[str] = Counter()
+        told = {"authorization": f"Bearer {packages.TOKEN}", "x-radloop-site": "A", **metadata}
+        with triton.InferenceServerClient(f"127.0.0.1:{served.port}") as asked:
+            for number in range(count):
+                tensor = triton.InferInput("dicom", [1], "BYTES")
+                tensor.set_data_from_numpy(np.array([packages.dicom(number)], object))
+                answer = asked.infer("default", [tensor], headers=told)
+                found[answer.get_response().model_version] += 1
+        return found
+
+    assert versions(5, {}) == {"1": 5}
+    served.deploy(rollout.shadow(served.home, two))
+    assert versions(20, {}) == {"1": 20}
+    served.deploy(rollout.canary(served.home, two, 50))
+    assert set(versions(40, {})) == {"1", "2"}
+    assert versions(5, {"x-radloop-subject": "0"}) == {"2": 5}
+    assert versions(5, {"x-radloop-subject": "9999"}) == {"1": 5}
+    pairs = predictions.join(served.rows(), one.model_digest, two.model_digest)
+    assert sum(pair.challenger is not None for pair in pairs) >= 60
 
 
 def _check_log(served: Served, one: ModelRef, two: ModelRef) -> None:

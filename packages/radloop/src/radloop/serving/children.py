@@ -144,11 +144,12 @@ class Predictor(msgspec.Struct, frozen=True):
         command = [sys.executable, "-m", "radloop.serving.predictor", "--parent", str(os.getpid())]
         command += ["--package", str(self.package), "--version", self.version, "--expect-digest", self.model_digest]
         command += ["--name", self.model_name, "--predictions", str(self.predictions), "--key-file", str(self.key_file)]
+        command += ["--grpc-port", "0"]
         return command if self.token_file is None else [*command, "--token-file", str(self.token_file)]
 
     def probe(self, output: Path) -> int | None:
         """See `Program`."""
-        port = _announced_port(output)
+        port = announced_port(output)
         return port if port is not None and get(port, "/v2/health/ready")[0] == 200 else None
 
 
@@ -247,10 +248,10 @@ def get(port: int, path: str, *, method: str = "GET") -> tuple[int, bytes]:
         connection.close()
 
 
-def _announced_port(output: Path) -> int | None:
-    """The port in the JSON line that a predictor prints once it listens."""
+def announced_port(output: Path, name: str = "port") -> int | None:
+    """The port (`grpc_port`: gRPC's) in the JSON line that a predictor prints once it listens."""
     with contextlib.suppress(OSError, msgspec.DecodeError, KeyError, TypeError):
         first, newline, _rest = output.read_bytes().partition(b"\n")
         if newline:
-            return int(msgspec.json.decode(first)["port"])
+            return int(msgspec.json.decode(first)[name])
     return None

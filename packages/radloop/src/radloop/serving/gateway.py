@@ -1,4 +1,4 @@
-"""Envoy's configuration: one listener in front of a champion and, at times, a challenger.
+"""Envoy's configuration: one listener, REST and gRPC, in front of a champion and, at times, a challenger.
 
 | strategy | who answers | who is asked too |
 |---|---|---|
@@ -41,6 +41,8 @@ SUBJECTS = 10_000
 MODEL_HEADER = "x-radloop-model"
 """Set by a client that wants the answer of `champion` or of `challenger` while there are two."""
 
+GRPC = "-grpc"
+GRPC_SERVICE = "/inference.GRPCInferenceService/"
 MAX_BODY_BYTES = 64 * 1024 * 1024
 REQUEST_TIMEOUT_S = 60
 UPSTREAM_IDLE_S = 30
@@ -50,11 +52,12 @@ _CIRCUIT_BREAKERS = {"thresholds": [{"max_pending_requests": 4096, "max_requests
 
 
 class Upstream(msgspec.Struct, frozen=True):
-    """A running predictor: the model it serves and its port on 127.0.0.1."""
+    """A running predictor: the model it serves and its ports on 127.0.0.1, REST's and, if it has one, gRPC's."""
 
     model_digest: str
     version: str
     port: int
+    grpc_port: int | None = None
 
     @property
     def cluster(self) -> str:
@@ -140,11 +143,19 @@ def clusters(*several: Routes) -> list[dict[str, Any]]:
     for routes in several:
         for upstream in (routes.champion, routes.challenger):
             if upstream is not None:
-                made[upstream.cluster] = _cluster(upstream)
+                made |= {f"{upstream.cluster}{door}": _cluster(upstream, door) for door in _doors(routes)}
         if routes.champion is not None and routes.challenger is not None:
-            aggregate = _aggregate(routes.challenger, routes.champion)
-            made[aggregate["name"]] = aggregate
+            made |= {
+                aggregate["name"]: aggregate
+                for aggregate in (_aggregate(routes.challenger, routes.champion, door) for door in _doors(routes))
+            }
     return list(made.values())
+
+
+def _doors(routes: Routes) -> tuple[str, ...]:
+    """Suffixes of cluster names: REST's, and gRPC's where every predictor speaks it."""
+    both = [upstream for upstream in (routes.champion, routes.challenger) if upstream is not None]
+    return ("", GRPC) if all(upstream.grpc_port is not None for upstream in both) else ("",)
 
 
 def route_configuration(routes: Routes) -> dict[str, Any]:
@@ -209,28 +220,42 @@ def _routes(routes: Routes) -> list[dict[str, Any]]:
         return [{"match": {"prefix": "/"}, "direct_response": {"status": 503, "body": body}}]
     champion, challenger, name = routes.champion, routes.challenger, routes.model_name
     made = []
-    infer = {"path": f"/v2/models/{name}/infer"}
-    if challenger is None or routes.strategy == "single":
-        made.append(_route(infer, champion.cluster))
-    elif routes.strategy == "shadow":
-        made.append(_route(infer, champion.cluster, mirror=challenger.cluster))
-    else:
-        to_challenger = {"cluster": _aggregate_name(challenger), "mirror": champion.cluster}
-        to_champion = {"cluster": champion.cluster, "mirror": challenger.cluster}
-        share = {"default_value": {"numerator": routes.percent, "denominator": "HUNDRED"}}
-        made.append(_route(infer | _asks_for("challenger"), **to_challenger))
-        made.append(_route(infer | _asks_for("champion"), **to_champion))
-        # A patient always meets the same model, and one that the challenger had at 5 % it has at 25 %.
-        if routes.percent:
-            mine = {"name": SUBJECT_HEADER, "range_match": {"start": 0, "end": routes.percent * SUBJECTS // 100}}
-            made.append(_route(infer | {"headers": [mine]}, **to_challenger))
-        made.append(_route(infer | {"headers": [{"name": SUBJECT_HEADER, "present_match": True}]}, **to_champion))
-        made.append(_route(infer | {"runtime_fraction": share}, **to_challenger))
-        made.append(_route(infer, **to_champion))
+    for door in _doors(routes):
+        made += _inferences(
+            routes, {"path": f"/v2/models/{name}/infer" if door == "" else f"{GRPC_SERVICE}ModelInfer"}, door
+        )
+    if challenger is not None and routes.strategy == "canary":
         versioned = {"path_separated_prefix": f"/v2/models/{name}/versions/{challenger.version}"}
         made.append(_route(versioned, challenger.cluster))
     made.append(_route({"path": "/v2"}, champion.cluster))
     made.append(_route({"prefix": "/v2/"}, champion.cluster))
+    if GRPC in _doors(routes):
+        made.append(_route({"prefix": GRPC_SERVICE}, champion.cluster + GRPC))
+    return made
+
+
+def _inferences(routes: Routes, infer: dict[str, Any], door: str) -> list[dict[str, Any]]:
+    """Who answers an inference, and who is asked too."""
+    champion, challenger = routes.champion, routes.challenger
+    assert champion is not None
+    if challenger is None or routes.strategy == "single":
+        return [_route(infer, champion.cluster + door)]
+    if routes.strategy == "shadow":
+        return [_route(infer, champion.cluster + door, mirror=challenger.cluster + door)]
+    to_challenger = {"cluster": _aggregate_name(challenger) + door, "mirror": champion.cluster + door}
+    to_champion = {"cluster": champion.cluster + door, "mirror": challenger.cluster + door}
+    share = {"default_value": {"numerator": routes.percent, "denominator": "HUNDRED"}}
+    made = [
+        _route(infer | _asks_for("challenger"), **to_challenger),
+        _route(infer | _asks_for("champion"), **to_champion),
+    ]
+    # A patient always meets the same model, and one that the challenger had at 5 % it has at 25 %.
+    if routes.percent:
+        mine = {"name": SUBJECT_HEADER, "range_match": {"start": 0, "end": routes.percent * SUBJECTS // 100}}
+        made.append(_route(infer | {"headers": [mine]}, **to_challenger))
+    made.append(_route(infer | {"headers": [{"name": SUBJECT_HEADER, "present_match": True}]}, **to_champion))
+    made.append(_route(infer | {"runtime_fraction": share}, **to_challenger))
+    made.append(_route(infer, **to_champion))
     return made
 
 
@@ -250,7 +275,7 @@ def _retries() -> dict[str, Any]:
     """An inference changes nothing but the log, so asking again is safe. 503 is a predictor that is about to end."""
     priorities = f"{_TYPE}.extensions.retry.priority.previous_priorities.v3.PreviousPrioritiesConfig"
     return {
-        "retry_on": "connect-failure,refused-stream,reset,retriable-status-codes",
+        "retry_on": "connect-failure,refused-stream,reset,retriable-status-codes,unavailable",
         "retriable_status_codes": [503],
         "num_retries": 5,
         "retry_back_off": {"base_interval": "0.05s", "max_interval": "1s"},
@@ -261,15 +286,18 @@ def _retries() -> dict[str, Any]:
     }
 
 
-def _cluster(upstream: Upstream) -> dict[str, Any]:
-    endpoint = {"endpoint": {"address": _address("127.0.0.1", upstream.port)}}
+def _cluster(upstream: Upstream, door: str) -> dict[str, Any]:
+    """One predictor. Its health is asked by REST, whichever protocol the cluster is for."""
+    port = upstream.grpc_port if door == GRPC and upstream.grpc_port is not None else upstream.port
+    place = {"address": _address("127.0.0.1", port), "health_check_config": {"port_value": upstream.port}}
+    endpoint = {"endpoint": place}
     return {
-        "name": upstream.cluster,
+        "name": upstream.cluster + door,
         "type": "STATIC",
         "connect_timeout": "1s",
         "per_connection_buffer_limit_bytes": MAX_BODY_BYTES,
-        "typed_extension_protocol_options": {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": _idle()},
-        "load_assignment": {"cluster_name": upstream.cluster, "endpoints": [{"lb_endpoints": [endpoint]}]},
+        "typed_extension_protocol_options": {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": _idle(door)},
+        "load_assignment": {"cluster_name": upstream.cluster + door, "endpoints": [{"lb_endpoints": [endpoint]}]},
         "circuit_breakers": _CIRCUIT_BREAKERS,
         "health_checks": [
             {
@@ -278,31 +306,31 @@ def _cluster(upstream: Upstream) -> dict[str, Any]:
                 "no_traffic_interval": "1s",
                 "unhealthy_threshold": 2,
                 "healthy_threshold": 1,
-                "http_health_check": {"path": "/v2/health/ready"},
+                "http_health_check": {"path": "/v2/health/ready", "codec_client_type": "HTTP1"},
             }
         ],
     }
 
 
-def _idle() -> dict[str, Any]:
+def _idle(door: str) -> dict[str, Any]:
     """Let go of idle connections before the predictor does: a request must not meet a closing connection."""
     return {
         "@type": f"{_TYPE}.extensions.upstreams.http.v3.HttpProtocolOptions",
         "common_http_protocol_options": {"idle_timeout": f"{UPSTREAM_IDLE_S}s"},
-        "explicit_http_config": {"http_protocol_options": {}},
+        "explicit_http_config": {"http2_protocol_options" if door == GRPC else "http_protocol_options": {}},
     }
 
 
-def _aggregate(first: Upstream, then: Upstream) -> dict[str, Any]:
+def _aggregate(first: Upstream, then: Upstream, door: str) -> dict[str, Any]:
     config = f"{_TYPE}.extensions.clusters.aggregate.v3.ClusterConfig"
     return {
-        "name": _aggregate_name(first),
+        "name": _aggregate_name(first) + door,
         "connect_timeout": "1s",
         "lb_policy": "CLUSTER_PROVIDED",
         "circuit_breakers": _CIRCUIT_BREAKERS,  # a retry is counted here, and 3 at once are the default
         "cluster_type": {
             "name": "envoy.clusters.aggregate",
-            "typed_config": {"@type": config, "clusters": [first.cluster, then.cluster]},
+            "typed_config": {"@type": config, "clusters": [first.cluster + door, then.cluster + door]},
         },
     }
 

@@ -19,7 +19,7 @@ import msgspec
 
 from radloop.errors import ServingError
 from radloop.serving import gateway
-from radloop.serving.children import Child, Envoy, Predictor
+from radloop.serving.children import Child, Envoy, Predictor, announced_port
 from radloop.serving.desired import (
     Desired,
     ModelRef,
@@ -191,7 +191,8 @@ class Supervisor:
         port = None if ref is None else self._predictors[ref.model_digest].port
         if ref is None or port is None:
             return None
-        return Upstream(model_digest=ref.model_digest, version=ref.version, port=port)
+        grpc_port = announced_port(self._predictors[ref.model_digest].output, "grpc_port")
+        return Upstream(model_digest=ref.model_digest, version=ref.version, port=port, grpc_port=grpc_port)
 
     def _apply_clusters(self, *several: Routes) -> bool:
         version = self._next_version()
