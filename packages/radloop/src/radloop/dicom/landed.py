@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import mmap
 import os
 import secrets
 import struct
-from collections.abc import Callable, Collection, Mapping
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +41,7 @@ _VERSION_NAME = "RADLOOP"
 _SEAL_BYTES = 32
 _WHERE = "landing"
 _SYNC_TOGETHER = 8
+_READ_BYTES = 64 << 20
 _LONG_VRS = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"))
 _SHORT_ELEMENT, _LONG_ELEMENT = struct.Struct("<HH2sH"), struct.Struct("<HH2sHI")
 
@@ -196,12 +200,15 @@ class Placed:
                 os.close(self._handle)
 
 
-def _open_new(target: Path, data: Buffer) -> int | None:
+def _open_new(target: Path, data: Buffer, spool: int | None = None) -> int | None:
     """Write and name; the open file, or None when the same bytes are under the name already."""
     temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.tmp")
     handle = _create(temporary)
     try:
-        _write_all(handle, data)
+        if spool is None:
+            _write_all(handle, data)
+        else:
+            _copy_all(handle, spool, len(data))
         os.link(temporary, target)
     except FileExistsError:
         if _whole(target):
@@ -226,24 +233,50 @@ def _create(path: Path) -> int:
         return os.open(path, flags, 0o600)
 
 
+def nameless(folder: Path) -> int:
+    """A new file in a folder that has no name yet, so that a kill leaves nothing; for `Placed` to link or copy."""
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)
+    except OSError:  # not every file system can
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return os.dup(file.fileno())
+
+
 def _link_spool(target: Path, data: Buffer, spool: int) -> int | None:
-    """Name an unnamed file (O_TMPFILE); where the system cannot, copy it."""
+    """Name a nameless file; where the system cannot, copy it."""
     folder = os.open("/", os.O_RDONLY)
     try:
-        target.parent.mkdir(mode=0o700, exist_ok=True)
+        if not target.parent.is_dir():
+            target.parent.mkdir(mode=0o700, exist_ok=True)
+            _flush(target.parent.parent)
         # A folder handle makes Python call linkat, which follows /proc's link; link() would link the link.
         os.link(f"/proc/self/fd/{spool}", target, src_dir_fd=folder, follow_symlinks=True)
         return os.dup(spool)
     except FileExistsError:
-        return None if _whole(target) else _open_new(target, data)
+        return None if _whole(target) else _open_new(target, data, spool)
     except OSError:
-        return _open_new(target, data)
+        return _open_new(target, data, spool)
     finally:
         os.close(folder)
 
 
 def _whole(path: Path) -> bool:
-    return identity(path.read_bytes()) == path.stem
+    with mapped(path) as data:
+        return identity(data) == path.stem
+
+
+@contextmanager
+def mapped(path: Path) -> Iterator[Buffer]:
+    """The bytes of a file; a large one is mapped, not read."""
+    if path.stat().st_size <= _READ_BYTES:
+        yield path.read_bytes()
+        return
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pages,
+        memoryview(pages) as view,
+    ):
+        yield view
 
 
 def write_durably(files: Mapping[Path, Buffer]) -> None:
@@ -293,6 +326,12 @@ def _write_all(handle: int, data: Buffer) -> None:
         written = os.write(handle, view)
         while written < len(view):
             written += os.write(handle, view[written:])
+
+
+def _copy_all(handle: int, spool: int, size: int) -> None:
+    done = 0
+    while done < size:
+        done += os.sendfile(handle, spool, done, size - done)
 
 
 def _flush(path: Path) -> None:

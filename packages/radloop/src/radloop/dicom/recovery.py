@@ -8,19 +8,16 @@ what its name says: a power cut tore it before anybody was told of it; it is rem
 from __future__ import annotations
 
 import hashlib
-import mmap
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 from radloop.dicom.arrival import Mismatch, Received, arrival_from
 from radloop.dicom.identity import Identity
-from radloop.dicom.landed import Buffer, came, identity
+from radloop.dicom.landed import Buffer, came, identity, mapped
 from radloop.dicom.landing import Landing, Recovered
 
 _MINE = "radloop landing"
 _WHY = "register files left by an interrupted process"
-_IN_MEMORY = 64 << 20
 
 
 def recover(landing: Landing) -> Recovered:
@@ -56,7 +53,7 @@ def _register(landing: Landing, orphans: Mapping[str, Path]) -> tuple[int, int, 
     registered, torn, unknown = 0, 0, 0
     sources = landing._crosswalk.get_many(Identity.SOURCE, orphans, who=_MINE, why=_WHY)
     for sha256, path in orphans.items():
-        with _content(path) as data:
+        with mapped(path) as data:
             if sha256 not in (identity(data), hashlib.sha256(data).hexdigest()):
                 path.unlink()
                 torn += 1
@@ -101,23 +98,9 @@ def _complete_crosswalk(landing: Landing, known: Mapping[str, str]) -> int:
     for sha256, sop_uid in known.items():
         if sop_uid not in missing:
             continue
-        with _content(landing.landed(sha256)) as data:
+        with mapped(landing.landed(sha256)) as data:
             arrival = _received(landing, sha256, data)
             if arrival is not None:
                 landing.remember(arrival)
                 done += 1
     return done
-
-
-@contextmanager
-def _content(path: Path) -> Iterator[Buffer]:
-    """The bytes of a file; a large one is mapped."""
-    if path.stat().st_size <= _IN_MEMORY:
-        yield path.read_bytes()
-        return
-    with (
-        path.open("rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
-        memoryview(mapped) as view,
-    ):
-        yield view

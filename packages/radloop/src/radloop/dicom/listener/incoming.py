@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-import tempfile
 from contextlib import suppress
-from typing import IO
 
 from radloop.catalog.database import StorageFull, storage_errors
 from radloop.dicom import landed
@@ -48,7 +46,7 @@ class Incoming:
         self._view = memoryview(hold.bytes)
         self._at = len(self._head)  # where in the view the next bytes go
         self._view[: self._at] = self._head
-        self._spool: IO[bytes] | None = None
+        self._spool: int | None = None
         self._map: mmap.mmap | None = None
         self.size = 0
         """Bytes of the data set so far."""
@@ -88,8 +86,8 @@ class Incoming:
             self._view[where] = stamp
             data = self._view[: self._at]
         else:
-            os.pwrite(self._spool.fileno(), stamp, where.start)
-            self._map = mmap.mmap(self._spool.fileno(), 0, access=mmap.ACCESS_READ)
+            os.pwrite(self._spool, stamp, where.start)
+            self._map = mmap.mmap(self._spool, 0, access=mmap.ACCESS_READ)
             data = memoryview(self._map)
         return Received(
             data=data,
@@ -98,7 +96,7 @@ class Incoming:
             sha256=sha256,
             sop_class_uid=self.command.sop_class_uid,
             sop_uid=self.command.sop_uid,
-            spool=self._spool.fileno() if self._spool is not None else None,
+            spool=self._spool,
         )
 
     def close(self) -> None:
@@ -108,7 +106,7 @@ class Incoming:
             with suppress(BufferError):  # somebody still looks at it; it goes with the last view
                 self._map.close()
         if self._spool is not None:
-            self._spool.close()
+            os.close(self._spool)
 
     def _grow(self, needed: int) -> None:
         larger = bytearray(min(max(needed, 2 * len(self._hold.bytes)), HELD_BYTES))
@@ -117,10 +115,10 @@ class Incoming:
         self._hold.bytes, self._view = larger, memoryview(larger)
 
     def _start_spool(self) -> None:
-        """Go on in a file: O_TMPFILE where the system has it, so that a kill leaves nothing behind."""
+        """Go on in a file."""
         try:
             with storage_errors("landing"):
-                self._spool = tempfile.TemporaryFile(dir=self._landing.landing, buffering=0)  # noqa: SIM115 - closed in close
+                self._spool = landed.nameless(self._landing.landing)
         except StorageFull as error:
             self.full = error
         held, self._at = self._view[: self._at], 0
@@ -132,7 +130,7 @@ class Incoming:
         try:
             with storage_errors("landing"):
                 while data:
-                    data = data[self._spool.write(data) :]
+                    data = data[os.write(self._spool, data) :]
         except StorageFull as error:
             self.full = error
-            self._spool.truncate(0)
+            os.ftruncate(self._spool, 0)

@@ -100,7 +100,7 @@ class UpperLayer(DULServiceProvider):
         before = assoc.dul
         super().__init__(assoc)
         self.socket, self.event_queue = before.socket, before.event_queue
-        self._idle_timer.timeout = assoc.network_timeout
+        self._idle_timer.timeout, self.artim_timer.timeout = assoc.network_timeout, assoc.acse_timeout
         self._serve = serve
         self._service: Service | None = None
         self._command, self._context = bytearray(), 0
