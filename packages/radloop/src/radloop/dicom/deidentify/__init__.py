@@ -11,13 +11,15 @@ import io
 import os
 import threading
 from collections import Counter
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pydicom
 from pydicom._dicom_dict import DicomDictionary
-from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 from pydicom.filewriter import dcmwrite
 from pydicom.sequence import Sequence
@@ -25,8 +27,12 @@ from pydicom.uid import UID
 
 from radloop.catalog.reason import Reason
 from radloop.dicom import phi
+from radloop.dicom.deidentify import stowaways
 from radloop.dicom.deidentify.check import REQUIRED_UIDS, TRANSFER_SYNTAXES, check
+from radloop.dicom.deidentify.fast import Fast, Head
 from radloop.dicom.deidentify.items import DUMMY_TEXT, MAX_DEPTH, Items
+from radloop.dicom.deidentify.meta import file_meta
+from radloop.dicom.deidentify.rewrite import Written, rewrite
 from radloop.dicom.deidentify.values import age_of, refuse, text_of, texts_of
 from radloop.dicom.header import check_whole
 from radloop.dicom.profile import Action, Profile, named, table, tables_digest
@@ -35,9 +41,6 @@ from radloop.dicom.uids import Pseudonymiser
 from radloop.errors import PhiError
 
 __all__ = ["DUMMY_TEXT", "TRANSFER_SYNTAXES", "CleanedFile", "Deidentifier", "read"]
-
-IMPLEMENTATION_CLASS_UID = "2.25.137040963726250685507015692927111798080"
-IMPLEMENTATION_VERSION_NAME = "RADLOOP_1"
 
 
 class CleanedFile(msgspec.Struct, frozen=True):
@@ -70,6 +73,7 @@ class Deidentifier:
         self.pseudonymiser = pseudonymiser
         self.profile: Profile = profile if isinstance(profile, Profile) else named(profile)
         self.digest: str = _digest(self.profile)
+        self._fast = Fast(self.profile, pseudonymiser, self._clean)
         self._codes = frozenset(code for code, _ in self.profile.codes)
         self.kept_keywords: frozenset[str] = frozenset(
             row.keyword for tag, row in table().items() if self._retains(tag, DicomDictionary.get(tag, ("",))[0])
@@ -109,11 +113,17 @@ class Deidentifier:
                 refuse(Reason.MISSING_UID, f"{keyword} is missing or unreadable", "a UID")
         self._stamp(out, ds, patient)
         out.preamble = b"\0" * 128
-        out.file_meta = _file_meta(out, syntax)
+        out.file_meta = file_meta(out, syntax)
         return out
 
     def clean_file(
-        self, source: Path, target: Path, *, site: str, tally: Counter[tuple[str, str]] | None = None
+        self,
+        source: Path,
+        target: Path,
+        *,
+        site: str,
+        tally: Counter[tuple[str, str]] | None = None,
+        digest: bool = True,
     ) -> CleanedFile:
         """Clean one file, pass it through the PHI gate and make it visible at `target` by one rename.
 
@@ -123,18 +133,23 @@ class Deidentifier:
         Args:
             source: an identified DICOM file; target: a path without identifying parts (its name is checked);
             site: as in `clean`;
-            tally: counts what was done by (keyword path without item numbers, `Action` name), if given.
+            tally: counts what was done by (keyword path without item numbers, `Action` name), if given;
+            digest: whether to compute `file_sha256`, which takes as long as all else.
 
         Raises:
             DicomError: as `clean`, and NOT_DICOM or TRUNCATED if the file cannot be read.
             PhiError: PHI_FOUND, the gate found identifying text; the message names tag paths.
             OSError: the disk is full or the file cannot be read.
         """
+        gate = partial(self._gate_bytes, name=target.name)
+        written = rewrite(self._fast, source, target, site=site, tally=tally, gate=gate, digest=digest)
+        if written is not None:
+            return _cleaned_file(written)
         data = source.read_bytes()
         original = read(data)
         check_whole(data, original)
-        # Two rooms join here: text in the pixels is decided and cleaned before the header is (burned_in); where the
-        # pixels stay as they are, the header's bytes can be rewritten without a Dataset (fast.try_clean).
+        stowaways.remove(original)
+        # Text in the pixels is decided and cleaned before the header is (burned_in).
         out = self._clean(original, site, tally)
         data = _written(out)
         self._gate(original, data, target.name)
@@ -147,16 +162,33 @@ class Deidentifier:
             patient=str(out.PatientID),
             sop_class_uid=str(out.SOPClassUID),
             transfer_syntax_uid=str(out.file_meta.TransferSyntaxUID),
-            file_sha256=hashlib.sha256(data).hexdigest(),
+            file_sha256=hashlib.sha256(data).hexdigest() if digest else "",
             file_bytes=len(data),
             tags=tags,
+        )
+
+    def _gate_bytes(self, data: bytes, head: Head, texts: Iterable[str], *, name: str) -> None:
+        """The gate on the bytes of two headers; raises NotPlain where it needs pydicom to read them."""
+        self._pass(
+            phi.find_leaks_in_files(
+                data,
+                head.header,
+                implicit=head.implicit,
+                file_name=name,
+                kept_keywords=self.kept_keywords,
+                options=self._codes,
+                texts={"PixelData": texts},
+            )
         )
 
     def _gate(self, original: Dataset, data: bytes, name: str) -> None:
         reread = read(data)
         if not _same_pixels(original, reread):
             refuse(Reason.UNSUPPORTED_OBJECT, "pixel data did not survive being written", "the same bytes")
-        leaks = phi.find_leaks(original, reread, file_name=name, kept_keywords=self.kept_keywords, options=self._codes)
+        kept, codes = self.kept_keywords, self._codes
+        self._pass(phi.find_leaks(original, reread, file_name=name, kept_keywords=kept, options=codes))
+
+    def _pass(self, leaks: list[str]) -> None:
         if leaks:
             more = f" and {len(leaks) - 8} more" if len(leaks) > 8 else ""
             raise PhiError(
@@ -180,6 +212,24 @@ class Deidentifier:
         out.LongitudinalTemporalInformationModified = self.profile.temporal
         if any(not text.isascii() for text in texts_of(out)):
             out.SpecificCharacterSet = "ISO_IR 192"
+
+
+def _cleaned_file(written: Written) -> CleanedFile:
+    head = written.head
+    sop_class, sop, study, series, patient = (
+        head.text(tag) for tag in (0x00080016, 0x00080018, 0x0020000D, 0x0020000E, 0x00100020)
+    )
+    return CleanedFile(
+        sop_uid=sop,
+        study_uid=study,
+        series_uid=series,
+        patient=patient,
+        sop_class_uid=sop_class,
+        transfer_syntax_uid=head.syntax,
+        file_sha256=written.sha256,
+        file_bytes=written.size,
+        tags=head.tags,
+    )
 
 
 def read(data: bytes) -> Dataset:
@@ -211,17 +261,6 @@ def _code(value: str, meaning: str) -> Dataset:
     item = Dataset()
     item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, "DCM", meaning
     return item
-
-
-def _file_meta(out: Dataset, syntax: str) -> FileMetaDataset:
-    meta = FileMetaDataset()
-    meta.FileMetaInformationVersion = b"\0\1"
-    meta.MediaStorageSOPClassUID = out.SOPClassUID
-    meta.MediaStorageSOPInstanceUID = out.SOPInstanceUID
-    meta.TransferSyntaxUID = UID(syntax)
-    meta.ImplementationClassUID = UID(IMPLEMENTATION_CLASS_UID)
-    meta.ImplementationVersionName = IMPLEMENTATION_VERSION_NAME
-    return meta
 
 
 def _written(out: Dataset) -> bytes:
