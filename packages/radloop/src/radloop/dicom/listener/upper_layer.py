@@ -102,6 +102,7 @@ class UpperLayer(DULServiceProvider):
         self.socket, self.event_queue = before.socket, before.event_queue
         self._idle_timer.timeout, self.artim_timer.timeout = assoc.network_timeout, assoc.acse_timeout
         self._serve = serve
+        self._connection = self._socket()
         self._service: Service | None = None
         self._command, self._context = bytearray(), 0
         self._announced: Command | None = None
@@ -121,6 +122,7 @@ class UpperLayer(DULServiceProvider):
         finally:
             self._parking.set()
             self._drop()
+            self._connection.close()  # pynetdicom leaves it open when the peer has reset it
             if self._service is not None:
                 self._service.ended(released=self._released)
 
