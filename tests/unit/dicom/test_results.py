@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pydicom
 import pytest
@@ -23,14 +24,21 @@ from radloop.errors import DicomError
 AT = datetime(2026, 11, 26, 12, 0, 0, tzinfo=UTC)
 ALGORITHM = Algorithm(name="pneumonia", version="7", digest="ab" * 32)
 ANALYSIS = Analysis(
-    algorithm=ALGORITHM, prediction_id="0b2f6a38-1111-4222-8333-444455556666", finding="Pneumonia", probability=0.8231,
-    decision=1, threshold=0.5, at=AT,
-)  # fmt: skip
+    prediction_id="0b2f6a38-1111-4222-8333-444455556666",
+    finding="Pneumonia",
+    probability=0.8231,
+    decision=1,
+    threshold=0.5,
+)
 
 
 @pytest.fixture
 def ct() -> Dataset:
     return pydicom.dcmread(str(get_testdata_file("CT_small.dcm")))
+
+
+def report(image: Dataset, answer: Analysis | str = ANALYSIS, **options: Any) -> Dataset:
+    return results.report([image], [answer], ALGORITHM, at=AT, **options)
 
 
 def problems(made: Dataset, folder: Path, dciodvfy: str) -> list[str]:
@@ -71,7 +79,7 @@ def dciodvfy(require_service: Callable[..., str]) -> str:
 def test_reports_are_valid_and_about_their_patient(name: str, tmp_path: Path, dciodvfy: str) -> None:
     """A report that the PACS refuses, or files under another patient, is worse than none."""
     image = pydicom.dcmread(str(get_testdata_file(name)))
-    made = results.report([image], ANALYSIS)
+    made = report(image)
     assert problems(made, tmp_path, dciodvfy) == []
     read = written(made)
     for keyword in ("PatientID", "PatientName", "StudyInstanceUID", "AccessionNumber"):
@@ -82,7 +90,7 @@ def test_reports_are_valid_and_about_their_patient(name: str, tmp_path: Path, dc
 
 def test_a_report_says_what_was_found_by_what_and_that_nobody_checked_it(ct: Dataset) -> None:
     """A reader must see probability, decision, model version and prediction id, and take it for no diagnosis."""
-    read = written(results.report([ct], ANALYSIS))
+    read = written(report(ct))
     assert (read.VerificationFlag, read.PreliminaryFlag, read.CompletionFlag) == (
         "UNVERIFIED",
         "PRELIMINARY",
@@ -98,19 +106,29 @@ def test_a_report_says_what_was_found_by_what_and_that_nobody_checked_it(ct: Dat
 
 def test_what_was_not_analysed_says_so(ct: Dataset, tmp_path: Path, dciodvfy: str) -> None:
     """Silence would read as "nothing found"."""
-    made = results.not_analysed([ct], ALGORITHM, "the model is not for CT", at=AT)
+    made = report(ct, "the model is not for CT")
     assert problems(made, tmp_path, dciodvfy) == []
     assert texts(written(made).ContentSequence)["Analysis"] == "not analysed: the model is not for CT"
+
+
+def test_a_study_of_several_images_has_one_report(ct: Dataset, tmp_path: Path, dciodvfy: str) -> None:
+    """A reader looks at one report, in which each image has its answer, or why it has none."""
+    second = pydicom.dcmread(str(get_testdata_file("CT_small.dcm")))
+    second.SOPInstanceUID = "1.2.3.4"
+    made = results.report([ct, second], [ANALYSIS, "truncated"], ALGORITHM, at=AT)
+    assert problems(made, tmp_path, dciodvfy) == []
+    said = texts(made.ContentSequence)
+    assert (said["Pneumonia"], said["Analysis"]) == ("Present", "not analysed: truncated")
 
 
 def test_the_same_result_is_the_same_instance_and_a_later_one_cites_it(
     ct: Dataset, tmp_path: Path, dciodvfy: str
 ) -> None:
     """A result sent twice must not stand twice in the study; a corrected one says what it replaces."""
-    first, again = results.report([ct], ANALYSIS), results.report([ct], ANALYSIS)
+    first, again = report(ct), report(ct)
     assert first.SOPInstanceUID == again.SOPInstanceUID
-    newer = Analysis(**{**{f: getattr(ANALYSIS, f) for f in ANALYSIS.__struct_fields__}, "prediction_id": "another"})
-    later = results.report([ct], newer, previous=first)
+    cited_as = results.former(str(ct.StudyInstanceUID), [ANALYSIS.prediction_id], ALGORITHM)
+    later = report(ct, msgspec.structs.replace(ANALYSIS, prediction_id="another"), previous=cited_as)
     assert later.SOPInstanceUID != first.SOPInstanceUID and later.SeriesInstanceUID == first.SeriesInstanceUID
     cited = later.PredecessorDocumentsSequence[0].ReferencedSeriesSequence[0].ReferencedSOPSequence[0]
     assert cited.ReferencedSOPInstanceUID == first.SOPInstanceUID
@@ -120,7 +138,7 @@ def test_the_same_result_is_the_same_instance_and_a_later_one_cites_it(
 def test_the_picture_is_marked_and_holds_no_name(ct: Dataset, tmp_path: Path, dciodvfy: str) -> None:
     """A heat map on a workstation looks like a finding unless it says that it is none."""
     shown = np.zeros((128, 128), np.uint8)
-    made = results.picture(ct, np.eye(16, dtype=np.float32), shown, ANALYSIS)
+    made = results.picture(ct, np.eye(16, dtype=np.float32), shown, ANALYSIS, ALGORITHM, at=AT)
     assert problems(made, tmp_path, dciodvfy) == []
     read = written(made)
     assert read.BurnedInAnnotation == "YES" and "NOT FOR DIAGNOSIS" in read.ImageComments
@@ -145,7 +163,7 @@ def test_segments_are_valid_and_refer_to_their_slices(ct: Dataset, tmp_path: Pat
 @pytest.mark.parametrize("why", ["quality", "patient safety", "incorrect worklist entry"])
 def test_a_rejection_note_names_what_it_withdraws(ct: Dataset, why: str, tmp_path: Path, dciodvfy: str) -> None:
     """A wrong result that cannot be withdrawn stays in front of readers."""
-    wrong = results.report([ct], ANALYSIS)
+    wrong = report(ct)
     made = results.rejection([wrong], why, ALGORITHM, at=AT)
     assert problems(made, tmp_path, dciodvfy) == []
     named = made.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0].ReferencedSOPSequence[0]
@@ -154,8 +172,8 @@ def test_a_rejection_note_names_what_it_withdraws(ct: Dataset, why: str, tmp_pat
 
 def test_our_own_results_are_recognised_and_nothing_else(ct: Dataset) -> None:
     """Results that come back by auto-forward would be predicted, and trained on."""
-    made = [results.report([ct], ANALYSIS), results.not_analysed([ct], ALGORITHM, "late", at=AT)]
-    made.append(results.picture(ct, None, np.zeros((64, 64), np.uint8), ANALYSIS))
+    made = [report(ct), report(ct, "late")]
+    made.append(results.picture(ct, None, np.zeros((64, 64), np.uint8), ANALYSIS, ALGORITHM, at=AT))
     assert all(results.is_result(written(one)) for one in made)
     assert not results.is_result(ct)
 
@@ -164,4 +182,4 @@ def test_results_of_several_studies_are_refused(ct: Dataset) -> None:
     """One report on two patients' studies would show one of them the other's name."""
     other = pydicom.dcmread(str(get_testdata_file("MR_small.dcm")))
     with pytest.raises(DicomError, match="one study"):
-        results.report([ct, other], ANALYSIS)
+        results.report([ct, other], [ANALYSIS, ANALYSIS], ALGORITHM, at=AT)

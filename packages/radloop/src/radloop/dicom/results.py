@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
-from pydicom.uid import UID
+from pydicom.uid import UID, Comprehensive3DSRStorage
 
 from radloop.errors import DicomError
 
@@ -61,15 +61,13 @@ class Algorithm(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Analysis(msgspec.Struct, frozen=True, kw_only=True):
-    """One answer. `finding` in words; `threshold` is what `decision` was made by; `at` when."""
+    """One answer about one image. `finding` in words; `threshold` is what `decision` was made by."""
 
-    algorithm: Algorithm
     prediction_id: str
     finding: str
     probability: float
     decision: int
     threshold: float
-    at: datetime
 
 
 def is_result(ds: Dataset) -> bool:
@@ -79,82 +77,40 @@ def is_result(ds: Dataset) -> bool:
     ).startswith(SERIES_DESCRIPTION)
 
 
-def report(images: Sequence[Dataset], analysis: Analysis, *, previous: Dataset | None = None) -> Comprehensive3DSR:
-    """The answer as a structured report.
+def report(
+    images: Sequence[Dataset],
+    answers: Sequence[Analysis | str],
+    algorithm: Algorithm,
+    *,
+    at: datetime,
+    previous: Dataset | None = None,
+) -> Comprehensive3DSR:
+    """What was found in a study, image by image, as one structured report.
 
     Args:
         images: the instances it is about, of one study, as received.
+        answers: one for each image: what the model said, or why it was not asked or did not answer, in words without
+            identifying text ("not analysed: ...").
+        at: when.
         previous: the report that this one replaces; it is cited as its predecessor (PS3.3 C.17.2).
 
     Raises:
         DicomError: images of several studies, or none.
     """
-    from highdicom.sr import CodedConcept, Measurement, QualitativeEvaluation
-
-    finding = CodedConcept(_code(analysis.finding), _LOCAL, analysis.finding)
-    probability = Measurement(CodedConcept.from_code(_PROBABILITY), round(analysis.probability, 4), codes.UCUM.NoUnits)
-    decided = QualitativeEvaluation(finding, _PRESENT if analysis.decision else _ABSENT)
-    told = [
-        f"prediction {analysis.prediction_id}",
-        f"model {analysis.algorithm.digest}",
-        f"threshold {analysis.threshold:.4f}",
-    ]
-    return _structured(
-        images, analysis.algorithm, told, [decided], [probability], analysis.prediction_id, analysis.at, previous
-    )
-
-
-def not_analysed(
-    images: Sequence[Dataset], algorithm: Algorithm, reason: str, *, at: datetime, previous: Dataset | None = None
-) -> Comprehensive3DSR:
-    """What a study gets that was out of scope, refused, late or failed: an explicit "not analysed: reason".
-
-    Args:
-        reason: in words, without identifying text; up to 64 characters are kept.
-    """
-    from highdicom.sr import CodedConcept, QualitativeEvaluation
-
-    name = CodedConcept("analysis", _LOCAL, "Analysis")
-    value = CodedConcept(_code(reason), _LOCAL, f"not analysed: {reason}"[:64])
-    return _structured(
-        images, algorithm, [f"model {algorithm.digest}"], [QualitativeEvaluation(name, value)], [], reason, at, previous
-    )
-
-
-def _structured(
-    images: Sequence[Dataset],
-    algorithm: Algorithm,
-    parameters: list[str],
-    evaluations: list[Any],
-    measurements: list[Any],
-    what: str,
-    at: datetime,
-    previous: Dataset | None,
-) -> Comprehensive3DSR:
     from highdicom import sr
 
     evidence = _evidence(images)
-    identification = sr.AlgorithmIdentification(
-        name=algorithm.name, version=algorithm.version, parameters=parameters, manufacturer=MANUFACTURER, family=_FAMILY
-    )
     device = sr.DeviceObserverIdentifyingAttributes(
         uid=_uid("device", algorithm.digest), manufacturer_name=MANUFACTURER, model_name=algorithm.name
     )
     observer = sr.ObserverContext(observer_type=codes.DCM.Device, observer_identifying_attributes=device)
-    sources = [sr.SourceImageForMeasurementGroup(ds.SOPClassUID, ds.SOPInstanceUID) for ds in evidence if "Rows" in ds]
-    group = sr.MeasurementsAndQualitativeEvaluations(
-        tracking_identifier=sr.TrackingIdentifier(_uid("tracking", what, evidence[0].StudyInstanceUID), "radloop"),
-        algorithm_id=identification,
-        measurements=measurements or None,
-        qualitative_evaluations=evaluations,
-        source_images=sources or None,
-    )
     content = sr.MeasurementReport(
         observation_context=sr.ObservationContext(observer_device_context=observer),
         procedure_reported=_procedure(evidence[0]),
-        imaging_measurements=[group],
+        imaging_measurements=[_group(*one, algorithm) for one in zip(evidence, answers, strict=True)],
         title=codes.DCM.ImagingMeasurementReport,
     )
+    what = [answer if isinstance(answer, str) else answer.prediction_id for answer in answers]
     made = sr.Comprehensive3DSR(
         evidence=evidence,
         content=content[0],
@@ -163,19 +119,66 @@ def _structured(
         is_verified=False,
         manufacturer=MANUFACTURER,
         previous_versions=None if previous is None else [previous],
-        **_place("report", evidence, algorithm, what),
+        **_place("report", str(evidence[0].StudyInstanceUID), algorithm, "\n".join(what)),
     )
     return _finished(made, algorithm, at)
 
 
-def picture(image: Dataset, heat: NDArray[np.float32] | None, shown: NDArray[np.uint8], analysis: Analysis) -> SCImage:
+def _group(image: Dataset, answer: Analysis | str, algorithm: Algorithm) -> Any:
+    """TID 1501: what was said of one image, by which algorithm."""
+    from highdicom import sr
+
+    told, measurements = [f"model {algorithm.digest}"], None
+    if isinstance(answer, str):
+        name, value = sr.CodedConcept("analysis", _LOCAL, "Analysis"), f"not analysed: {answer}"[:64]
+        evaluation = sr.QualitativeEvaluation(name, sr.CodedConcept(_code(answer), _LOCAL, value))
+    else:
+        told += [f"prediction {answer.prediction_id}", f"threshold {answer.threshold:.4f}"]
+        finding = sr.CodedConcept(_code(answer.finding), _LOCAL, answer.finding)
+        evaluation = sr.QualitativeEvaluation(finding, _PRESENT if answer.decision else _ABSENT)
+        probability = sr.CodedConcept.from_code(_PROBABILITY)
+        measurements = [sr.Measurement(probability, round(answer.probability, 4), codes.UCUM.NoUnits)]
+    source = sr.SourceImageForMeasurementGroup(image.SOPClassUID, image.SOPInstanceUID)
+    return sr.MeasurementsAndQualitativeEvaluations(
+        tracking_identifier=sr.TrackingIdentifier(_uid("tracking", image.SOPInstanceUID, *told), MANUFACTURER),
+        algorithm_id=sr.AlgorithmIdentification(
+            name=algorithm.name,
+            version=algorithm.version,
+            parameters=told,
+            manufacturer=MANUFACTURER,
+            family=_FAMILY,
+        ),
+        measurements=measurements,
+        qualitative_evaluations=[evaluation],
+        source_images=[source] if "Rows" in image else None,
+    )
+
+
+def former(study_uid: str, what: Sequence[str], algorithm: Algorithm) -> Dataset:
+    """An earlier report as a reference to cite: its UIDs follow from what it was about, `what` being its prediction ids."""
+    place = _place("report", study_uid, algorithm, "\n".join(what))
+    made = Dataset()
+    made.StudyInstanceUID, made.SeriesInstanceUID = study_uid, place["series_instance_uid"]
+    made.SOPClassUID, made.SOPInstanceUID = Comprehensive3DSRStorage, place["sop_instance_uid"]
+    return made
+
+
+def picture(
+    image: Dataset,
+    heat: NDArray[np.float32] | None,
+    shown: NDArray[np.uint8],
+    analysis: Analysis,
+    algorithm: Algorithm,
+    *,
+    at: datetime,
+) -> SCImage:
     """A secondary capture for viewers that cannot show an SR: the image, where the answer came from, and the answer in words.
 
     Args:
         image: the instance, for patient and study.
         heat: saliency `(rows, columns)`, 0 to 1, or None.
         shown: the image in grey `(rows, columns)`, 8 bits.
-        analysis: the answer.
+        analysis, algorithm, at: the answer.
 
     The words are burned in: "NOT FOR DIAGNOSIS", the model's version and the answer, no name. BurnedInAnnotation says YES.
     """
@@ -183,7 +186,7 @@ def picture(image: Dataset, heat: NDArray[np.float32] | None, shown: NDArray[np.
 
     (evidence,) = _evidence([image])
     made = SCImage(
-        pixel_array=_drawn(heat, shown, analysis),
+        pixel_array=_drawn(heat, shown, analysis, algorithm),
         photometric_interpretation="RGB",
         bits_allocated=8,
         coordinate_system="PATIENT",
@@ -199,7 +202,7 @@ def picture(image: Dataset, heat: NDArray[np.float32] | None, shown: NDArray[np.
         study_time=evidence.StudyTime or None,
         referring_physician_name=evidence.ReferringPhysicianName,
         patient_orientation=("L", "F"),
-        **_place("picture", [evidence], analysis.algorithm, analysis.prediction_id),
+        **_place("picture", str(evidence.StudyInstanceUID), algorithm, analysis.prediction_id),
     )
     if "Laterality" not in made:
         made.Laterality = str(image.get("Laterality") or "")
@@ -208,7 +211,7 @@ def picture(image: Dataset, heat: NDArray[np.float32] | None, shown: NDArray[np.
     reference = Dataset()
     reference.ReferencedSOPClassUID, reference.ReferencedSOPInstanceUID = evidence.SOPClassUID, evidence.SOPInstanceUID
     made.SourceImageSequence = [reference]
-    return _finished(made, analysis.algorithm, analysis.at)
+    return _finished(made, algorithm, at)
 
 
 def segmentation(
@@ -249,7 +252,7 @@ def segmentation(
         device_serial_number=algorithm.digest[:16],
         content_label="AI_SEGMENTATION",
         omit_empty_frames=bool(mask.any()),
-        **_place("segmentation", evidence, algorithm, prediction_id),
+        **_place("segmentation", str(evidence[0].StudyInstanceUID), algorithm, prediction_id),
     )
     return _finished(made, algorithm, at)
 
@@ -271,7 +274,7 @@ def rejection(
         evidence=evidence,
         content=KeyObjectSelection(document_title=_REJECTED[why], referenced_objects=evidence),
         manufacturer=MANUFACTURER,
-        **_place("rejection", evidence, algorithm, names),
+        **_place("rejection", str(evidence[0].StudyInstanceUID), algorithm, names),
     )
     return _finished(made, algorithm, at)
 
@@ -302,12 +305,11 @@ def _procedure(image: Dataset) -> Code:
     return Code("363679005", "SCT", "Imaging procedure")
 
 
-def _place(kind: str, evidence: Sequence[Dataset], algorithm: Algorithm, what: str) -> dict[str, Any]:
-    study = str(evidence[0].StudyInstanceUID)
+def _place(kind: str, study_uid: str, algorithm: Algorithm, what: str) -> dict[str, Any]:
     return {
-        "series_instance_uid": _uid("series", kind, study, algorithm.digest),
+        "series_instance_uid": _uid("series", kind, study_uid, algorithm.digest),
         "series_number": _SERIES[kind],
-        "sop_instance_uid": _uid(kind, study, algorithm.digest, what),
+        "sop_instance_uid": _uid(kind, study_uid, algorithm.digest, what),
         "instance_number": 1,
     }
 
@@ -334,7 +336,9 @@ def _code(words: str) -> str:
     return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
-def _drawn(heat: NDArray[np.float32] | None, shown: NDArray[np.uint8], analysis: Analysis) -> NDArray[np.uint8]:
+def _drawn(
+    heat: NDArray[np.float32] | None, shown: NDArray[np.uint8], analysis: Analysis, algorithm: Algorithm
+) -> NDArray[np.uint8]:
     from PIL import Image, ImageDraw, ImageFont
 
     grey = np.repeat(shown[:, :, np.newaxis], 3, axis=2).astype(np.float32)
@@ -349,7 +353,7 @@ def _drawn(heat: NDArray[np.float32] | None, shown: NDArray[np.uint8], analysis:
     words = [
         f"{NOT_FOR_DIAGNOSIS}: {SERIES_DESCRIPTION}",
         f"{analysis.finding}: probability {analysis.probability:.3f}, {side} {analysis.threshold:.3f}",
-        f"{analysis.algorithm.name} version {analysis.algorithm.version}, {analysis.algorithm.digest[:12]}",
+        f"{algorithm.name} version {algorithm.version}, {algorithm.digest[:12]}",
         f"prediction {analysis.prediction_id}",
     ]
     size = width // 36
