@@ -254,6 +254,14 @@ def test_nothing_to_do_is_an_error(alone: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_patient_whose_id_is_a_number_of_a_file(alone: Run, tmp_path: Path) -> None:
+    """Short numeric ids are common; the gate must not take the tool's own counting for one."""
+    for number in range(1, 13):
+        write_dicom(tmp_path / "in" / f"{number:02d}", study=number, patient=str(number))
+    write_dicom(tmp_path / "in/13", study=13, patient="i.dcm")
+    assert alone(tmp_path / "in", tmp_path / "out", "--json").json["files"]["cleaned"] >= 12
+
+
 def test_one_file(alone: Run, export: Path, tmp_path: Path) -> None:
     """Somebody has one image to send."""
     first = sorted(path for path in export.rglob("*") if path.is_file())[0]

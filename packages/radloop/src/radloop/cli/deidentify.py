@@ -14,7 +14,7 @@ from radloop.cli.common import STOPPED, Json, check_code, command
 from radloop.errors import DataError, SettingsError
 
 if TYPE_CHECKING:
-    from radloop.dicom.batch import Recipe, Summary
+    from radloop.dicom.batch import Files, Recipe, Summary
 
 _MAX_WORKERS = 8
 
@@ -111,16 +111,17 @@ def _run(
     json: bool,
 ) -> None:
     from radloop.cli.deidentify_report import facts, write
-    from radloop.dicom.batch import clean_folder
+    from radloop.dicom.batch import clean_folder, files_of
 
+    files = files_of(source)
     workers = workers or min(len(os.sched_getaffinity(0)), _MAX_WORKERS)
     with output.progress("de-identify") as bar:
-        summary = clean_folder(source, target, recipe, workers=workers, progress=bar)
+        summary = clean_folder(files, target, recipe, workers=workers, progress=bar)
     told = facts(summary, recipe, dry_run=target is None)
     if report is not None:
         write(report, told)
     if refused is not None:
-        _write_refused(refused, source, summary)
+        _write_refused(refused, files, summary)
     if json:
         output.print_json(told)
     else:
@@ -207,12 +208,9 @@ def _read_key(path: Path, *, make: bool) -> bytes:
     return data
 
 
-def _write_refused(path: Path, source: Path, summary: Summary) -> None:
-    from radloop.dicom.batch import files_of
-
-    _, paths = files_of(source)
+def _write_refused(path: Path, files: Files, summary: Summary) -> None:
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", errors="surrogateescape") as file:
-        file.writelines(f"{reason}\t{paths[number - 1]}\n" for number, reason in summary.refused)
+        file.writelines(f"{reason}\t{files.paths[number - 1]}\n" for number, reason in summary.refused)
 
 
 def _explain(file: Path, recipe: Recipe, *, values: bool, json: bool) -> None:

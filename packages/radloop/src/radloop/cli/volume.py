@@ -40,9 +40,9 @@ def register(app: typer.Typer) -> None:
         from radloop.dicom.batch import files_of
         from radloop.imaging.volume import split_series
 
-        root, paths = files_of(source)
+        files = files_of(source)
         rows = []
-        for number, part in enumerate(split_series([root / path for path in paths]), 1):
+        for number, part in enumerate(split_series([files.root / path for path in files.paths]), 1):
             rows.append(_row(part, None if out is None else out / f"{number}.nii.gz"))
         if json:
             output.print_json(rows)

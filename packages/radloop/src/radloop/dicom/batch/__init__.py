@@ -25,7 +25,7 @@ from radloop.dicom.deidentify import Deidentifier
 from radloop.dicom.folder import list_files
 from radloop.errors import DataError, EngineError
 
-__all__ = ["Recipe", "Summary", "clean_folder", "files_of"]
+__all__ = ["Files", "Recipe", "Summary", "clean_folder", "files_of"]
 
 STATE = ".radloop"
 CHUNK = 16
@@ -54,8 +54,16 @@ class Summary(msgspec.Struct, kw_only=True):
     series: set[str] = msgspec.field(default_factory=set)
 
 
-def files_of(source: Path) -> tuple[Path, list[str]]:
-    """The folder and the sorted relative paths of what is to be cleaned: a file, or all files below a folder.
+class Files(msgspec.Struct, frozen=True):
+    """What is to be cleaned: where it is, and sorted paths relative to `root`."""
+
+    source: Path
+    root: Path
+    paths: list[str]
+
+
+def files_of(source: Path) -> Files:
+    """A file, or all files below a folder.
 
     Hidden files and folders are passed over, as `list_files` does.
 
@@ -63,35 +71,35 @@ def files_of(source: Path) -> tuple[Path, list[str]]:
         DataError: nothing is there.
     """
     if source.is_file():
-        return source.parent, [source.name]
+        return Files(source, source.parent, [source.name])
     if not source.is_dir():
         raise DataError("there is no such file or folder", expected="DICOM files to de-identify")
     paths = sorted(list_files(source))
     if not paths:
         raise DataError("the folder is empty", expected="DICOM files to de-identify", got="no file")
-    return source, paths
+    return Files(source, source, paths)
 
 
 def clean_folder(
-    source: Path, target: Path | None, recipe: Recipe, *, workers: int = 1, progress: Progress | None = None
+    files: Files, target: Path | None, recipe: Recipe, *, workers: int = 1, progress: Progress | None = None
 ) -> Summary:
-    """Clean every file of a folder, or one file.
+    """Clean files into a folder.
 
     Args:
-        source: identified files; any names, any depth.
-        target: a new or empty folder outside `source`, or one that an earlier run with the same recipe made; None: look
+        files: identified files, as `files_of` finds them; any names, any depth.
+        target: a new or empty folder outside their own, or one that an earlier run with the same recipe made; None: look
             only, and write nothing that stays.
         workers: processes; 1 works in this one.
         progress: called with (done, all).
 
     Raises:
         SettingsError: the recipe.
-        DataError: no files, or a target that is none.
+        DataError: a target that is none.
         EngineError: no space left, another run in the same target, a worker that died. The same call goes on.
     """
-    root, paths = files_of(source)
+    root, paths = files.root, files.paths
     deidentifier = recipe.deidentifier()
-    with _place(source, target) as (state, work):
+    with _place(files.source, target) as (state, work):
         run = _Run(recipe, root, target, work)
         try:
             with Journal(None if target is None else state / "journal.jsonl", _digest(recipe, deidentifier)) as journal:
@@ -178,7 +186,7 @@ class _Run:
             source = self._source(path, full)
             known = self.journal.entries.get(source)
             at = str(self.target / known.file) if known is not None and self.target is not None else ""
-            work = str(self.work / f"{number}.dcm")
+            work = str(self.work / str(number) / "i.dcm")  # a file's name may not look like a PatientID
             chunk.append(Task(number=number, source=source, path=str(full), work=work, known=known, known_at=at))
             if len(chunk) == CHUNK:
                 yield chunk
@@ -220,12 +228,13 @@ class _Run:
         """Make a cleaned file visible at its place; without a place, or in a dry run, remove it."""
         if file is None or self.target is None:
             Path(work).unlink()
-            return
-        place = self.target / file
-        if place.parent not in self.folders:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            self.folders.add(place.parent)
-        os.replace(work, place)
+        else:
+            place = self.target / file
+            if place.parent not in self.folders:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                self.folders.add(place.parent)
+            os.replace(work, place)
+        Path(work).parent.rmdir()
 
     def _count(self, task: Task, done: Done, outcome: str, reason: str, what: str) -> None:
         summary = self.summary
