@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -326,7 +327,7 @@ def start(source: Path, target: Path, key: Path, *more: str) -> subprocess.Popen
 def ended(process: subprocess.Popen[str]) -> Any:
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    return json.loads(out)
+    return json.loads(out) if "--json" in process.args else None
 
 
 def children(pid: int) -> set[int]:
@@ -368,6 +369,31 @@ def test_killed_in_the_middle_it_leaves_no_half_file_and_goes_on(tmp_path: Path,
     whole = ended(start(source, tmp_path / "whole", key, "--json"))
     assert outputs(tmp_path / "whole") == outputs(tmp_path / "out")
     assert whole["attributes"] == again["attributes"]
+
+
+@pytest.mark.torture
+def test_killed_at_a_hundred_moments(tmp_path: Path) -> None:
+    """Power cuts choose their moment: between a rename and its note, in the middle of a line, before the first file."""
+    source, key, moments = many(tmp_path / "in", 240), tmp_path / "k.key", random.Random(20)
+    ended(start(source, tmp_path / "whole", key))
+    whole = outputs(tmp_path / "whole")
+    kills = finished = 0
+    while kills < 100:
+        out = tmp_path / f"out{finished}"
+        with start(source, out, key, "--workers", str(moments.choice((1, 2)))) as process:
+            wait_for(lambda out=out, process=process: (out / ".radloop/work").exists() or process.poll() is not None)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(moments.uniform(0, 1.5))
+            process.kill()
+        made = outputs(out)
+        assert all(whole[name] == data for name, data in made.items())
+        if process.returncode == 0:
+            assert made == whole
+            finished += 1
+        else:
+            kills += 1
+    ended(start(source, out, key))
+    assert outputs(out) == whole
 
 
 def test_a_worker_that_dies_ends_the_run_and_the_next_goes_on(tmp_path: Path) -> None:
