@@ -277,6 +277,8 @@ def test_with_a_project_it_uses_its_key(alone: Run, export: Path, tmp_path: Path
 
     assert told["key_id"] == pseudonymiser(project, "file:radloop.key").key_id
     assert not (tmp_path / "config").exists()
+    mistyped = alone(export, tmp_path / "out2", "--project", tmp_path / "no-project")
+    assert mistyped.code == 1 and "there is no radloop.toml here" in mistyped.err
 
 
 def test_explain_says_what_and_why_without_values(alone: Run, export: Path) -> None:

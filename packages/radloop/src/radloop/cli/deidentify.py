@@ -50,7 +50,10 @@ def register(app: typer.Typer) -> None:
         key: Annotated[
             Path | None,
             typer.Option(
-                "--key", metavar="FILE", help="The key; made if it is not there.", show_default="in your own settings"
+                "--key",
+                metavar="FILE",
+                help="The key; made if it is not there.",
+                show_default="~/.config/radloop/deidentify.key",
             ),
         ] = None,
         site: Annotated[str, typer.Option("--site", help="A code for where the images are from.")] = "local",
@@ -155,7 +158,7 @@ def _recipe(
     from radloop.dicom.batch import Recipe
 
     check_code(site, "--site")
-    if project is not None and (project / "radloop.toml").exists():
+    if project is not None:
         from radloop.cli.common import settings_at
         from radloop.settings import secret
 
