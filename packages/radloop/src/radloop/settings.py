@@ -203,6 +203,14 @@ class Alerts(_Section, frozen=True):
     recipients: tuple[str, ...] = ()
 
 
+class Audit(_Section, frozen=True):
+    """Where audit messages go besides the ledger: a syslog server. `source`: which system says so; `ca`: a PEM file."""
+
+    syslog: str = ""
+    source: str = "radloop"
+    ca: str = ""
+
+
 class Mlflow(_Section, frozen=True):
     """Tracking and registry, one experiment a task. Empty: SQLite and a folder in the project."""
 
@@ -228,6 +236,7 @@ class Settings(_Section, frozen=True):
     serve: Serve = Serve()
     watch: Watch = Watch()
     alerts: Alerts = Alerts()
+    audit: Audit = Audit()
     mlflow: Mlflow = Mlflow()
     catalog: str = ""
     environments: dict[str, str] = {}

@@ -40,6 +40,7 @@ class Kind(StrEnum):
     QUARANTINE = "quarantine"
     REVISION = "revision"
     PATIENTS = "patients"
+    RESULT = "result"
     AUDIT = "audit"
 
 
@@ -94,6 +95,13 @@ class Ledger:
             query = query.where(schema.ledger.c.kind == Kind(kind))
         if subject is not None:
             query = query.where(schema.ledger.c.subject == subject)
+        with self._database._read() as connection:
+            return [as_struct(row, LedgerRow) for row in connection.execute(query).mappings()]
+
+    def since(self, seq: int, limit: int) -> list[LedgerRow]:
+        """The rows after a number, at most so many."""
+        table = schema.ledger
+        query = select(table).where(table.c.seq > seq).order_by(table.c.seq).limit(limit)
         with self._database._read() as connection:
             return [as_struct(row, LedgerRow) for row in connection.execute(query).mappings()]
 

@@ -156,6 +156,7 @@ def import_file(
         DataError: the file cannot be read, a column is missing, a value is unknown, a key has two values or none, or an
             accession number fits several sites. Nothing is imported then.
     """
+    from radloop.catalog.audit import record
     from radloop.catalog.schema import KeyKind, LabelRow
     from radloop.stages.project import pseudonymiser
 
@@ -174,6 +175,13 @@ def import_file(
         for pseudonym, value, row in zip(keys, values, valued, strict=True)
     ]
     source = f"{file.suffix.lstrip('.').lower() or 'file'}:{file_digest(file)[:12]}"
+    record(
+        catalog.ledger,
+        "labels import",
+        "labels",
+        actor=by,
+        detail={"keyed_by": key.value, "rows": len(made), "source": source},
+    )
     done = catalog.import_labels(task, made, source=source, actor=by)
     return {
         "task": task,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _DRAIN_S = 30.0
 _SHOW_EVERY_S = 0.5
+_TELL_EVERY_S, _TELL_AGAIN_S = 2.0, 60.0
 _ASK_EVERY_S = 2.0
 _RATE_OVER_S = 5.0
 Sources = Mapping[str, "Callable[[], Status]"]
@@ -39,7 +40,8 @@ def listen_until_stopped(
         SettingsError: no sender is configured, or TLS or a token is not as it must be.
         EngineError: a port is busy.
     """
-    from radloop.cli.common import catalog_at
+    from radloop.catalog.audit import record
+    from radloop.cli.common import actor, catalog_at
     from radloop.cli.foreground import announced, ending_with
     from radloop.cli.intake import landing_at
 
@@ -50,11 +52,14 @@ def listen_until_stopped(
             got="an empty [listen.senders]",
             next_step='add a line such as CT1 = "site-a" under [listen.senders] in radloop.toml',
         )
-    stop = threading.Event()
+    stop, who = threading.Event(), actor()
     tls = tls_of(project, settings)
     with landing_at(project) as landing, catalog_at(project) as catalog, ending_with(stop.set), ExitStack() as stack:
         listener = _listener(landing, settings, port, tls)
         bound = listener.start()
+        record(catalog.ledger, "listen start", "listen", actor=who, detail={"port": bound})
+        stack.callback(_tell, project, settings, catalog)
+        stack.callback(record, catalog.ledger, "listen stop", "listen", actor=who)
         stack.callback(landing.seal, actor="listen")
         stack.callback(listener.stop, grace_s=_DRAIN_S)
         sources: dict[str, Callable[[], Status]] = {"cstore": listener.status}
@@ -67,6 +72,10 @@ def listen_until_stopped(
         more = {
             name: number for name, number in (("stow_port", stow and stow.port), ("metrics_port", metrics)) if number
         }
+        if settings.audit.syslog:
+            sender = threading.Thread(target=_keep_telling, args=(project, settings, catalog, stop), daemon=True)
+            sender.start()
+            stack.callback(sender.join)
         with announced(ready_file, settings.listen.host, bound, more):
             print(where, file=sys.stderr if json else sys.stdout, flush=True)
             _watch(_Screen(where, sources, catalog, project / "landing", settings.ingest.quiet_s), stop, quiet=json)
@@ -76,6 +85,23 @@ def listen_until_stopped(
         output.print_json({**told, **({"stow": counts["stow"]} if stow else {})})
     else:
         print(f"radloop listen: ended; {'; '.join(_say_counts(counts))}")
+
+
+def _tell(project: Path, settings: Settings, catalog: Catalog) -> str:
+    """Send audit messages that wait; why not, if not."""
+    from radloop.cli.audit import send_now
+
+    return send_now(project, settings, catalog)[1]
+
+
+def _keep_telling(project: Path, settings: Settings, catalog: Catalog, stop: threading.Event) -> None:
+    """Send audit messages as they come; a sink that is down is tried again, and said once."""
+    said, pause_s = "", _TELL_EVERY_S
+    while not stop.wait(pause_s):
+        why = _tell(project, settings, catalog)
+        if why and why != said:
+            output.say(f"audit: {settings.audit.syslog} cannot be told ({why}); messages wait in the ledger")
+        said, pause_s = why, min(pause_s * 2, _TELL_AGAIN_S) if why else _TELL_EVERY_S
 
 
 def tls_of(project: Path, settings: Settings) -> ssl.SSLContext | None:

@@ -98,10 +98,12 @@ def register(app: typer.Typer) -> None:
         json: Json = False,
     ) -> None:
         """Show one entry: what was wrong, at which stage, and what can be done."""
+        from radloop.catalog.audit import record
         from radloop.catalog.reason import RELEASABLE
 
         with catalog_at(project) as catalog:
             row = catalog.quarantine_row(entry)
+            record(catalog.ledger, "quarantine show", "quarantine", actor=actor(), detail={"id": entry})
         if json:
             output.print_json({**_plain(row), "meaning": MEANING[row.reason], "releasable": row.reason in RELEASABLE})
             return

@@ -74,6 +74,7 @@ def register(app: typer.Typer) -> None:
             else list(run_loop(project, settings, engine))
         )
         last, page = results[-1], write_report(project)
+        _tell_audit(project, settings)
         if json:
             import msgspec
 
@@ -83,6 +84,18 @@ def register(app: typer.Typer) -> None:
                 summarise(result)
             print(f"report: {page}")
         raise typer.Exit(EXIT[last.status])
+
+
+def _tell_audit(project: Path, settings: Settings) -> None:
+    """Send audit messages that wait, where there is a sink."""
+    if settings.audit.syslog:
+        from radloop.cli.audit import send_now
+        from radloop.cli.common import catalog_at
+
+        with catalog_at(project) as catalog:
+            _, why = send_now(project, settings, catalog)
+        if why:
+            output.say(f"audit: {settings.audit.syslog} cannot be told ({why}); messages wait in the ledger")
 
 
 def run_loop(project: Path, settings: Settings, engine: Engine = Engine.LOCAL) -> Iterator[RunResult]:

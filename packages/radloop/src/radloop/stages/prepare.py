@@ -157,6 +157,7 @@ def deidentify(
     key: Secret = "file:radloop.key",
 ) -> None:
     """Write each instance's de-identified twin to the archive; what cannot be cleaned is quarantined with its reason."""
+    from radloop.catalog.audit import record
     from radloop.catalog.schema import Archived, Refused
     from radloop.dicom.deidentify import Deidentifier
     from radloop.stages.project import loop_profile, open_catalog, pseudonymiser
@@ -165,6 +166,10 @@ def deidentify(
     with open_catalog(home) as catalog:
         wanted = {(row["sop_uid"], row["revision"]) for row in read_table(received.file(TABLE))}
         todo = [row for row in catalog.pending(deid_digest=cleaner.digest) if (row.sop_uid, row.revision) in wanted]
+        if todo:
+            detail = {"instances": len(todo), "studies": len({row.study_uid for row in todo})}
+            patients = {row.patient for row in todo}
+            record(catalog.ledger, "landing read", "landing", actor="deidentify", pseudonyms=patients, detail=detail)
         done: list[Archived] = []
         refused: list[Refused] = []
         for number, row in enumerate(track(todo, message="de-identify"), 1):
