@@ -44,6 +44,7 @@ MODULES = (
     "trace",
     "volume",
     "backup",
+    "audit",
     "export",
     "engine",
 )
@@ -56,7 +57,7 @@ SECTIONS = {
     "Run the loop": ("run", "stage", "status", "approve", "report"),
     "Serve": ("serve", "predict", "rollback"),
     "Look into it": ("dataset", "quarantine", "trace", "ledger"),
-    "Keep it": ("backup", "restore"),
+    "Keep it": ("backup", "restore", "audit"),
     "Other engines": ("schema", "export", "engine"),
 }
 
