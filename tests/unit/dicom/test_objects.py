@@ -249,7 +249,7 @@ def test_a_report_keeps_its_structure() -> None:
     texts = [e.value for _, e in elements(out) if e.keyword == "TextValue"]
     assert "by Dr on lesion in the right liver 12 mm" in texts
     numbers = [float(e.value) for path, e in elements(out) if path.endswith("MeasuredValueSequence.NumericValue")]
-    assert numbers == [12.5]
+    assert numbers == [12.5, 90.0]  # the age capped
     assert {str(e.value) for _, e in elements(out) if e.keyword == "PersonName"} == {"REMOVED"}
     assert out.VerifyingObserverSequence[0].VerifyingObserverName == "REMOVED"
     assert "Quist" not in str(out)

@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Set
 from functools import lru_cache
+from itertools import pairwise
 
 from pydicom.dataset import Dataset
 
@@ -40,7 +41,7 @@ def cleaned(text: str, secret: Set[str] = frozenset()) -> str:
         secret: folded words that go in any case, as `own_words` finds them.
     """
     tokens = [token.strip(".!?") or token for token in _TOKEN.findall(text)]
-    kept = [_kept(token, following, secret) for token, following in zip(tokens, [*tokens[1:], ""], strict=True)]
+    kept = [_kept(token, following, secret) for token, following in pairwise([*tokens, ""])]
     return " ".join(word for word in kept if word)
 
 
