@@ -18,8 +18,6 @@ from radloop.dicom.spans import UNDEFINED, Buffer, NeedMore, NotPlain, Span
 
 Place = tuple[int, int]
 """Where a value begins and ends."""
-Passed = tuple[tuple[int, str], ...]
-"""Tag and VR of the elements that nobody wanted, in order."""
 _Pick = tuple[int, str, int, int, int]
 _Step = tuple[int, int, int, tuple[_Pick, ...], int, int, int, str]
 """Mask and pattern of a run of elements; its bytes; the wanted ones in it, as spans that count from its begin; then the
@@ -28,6 +26,12 @@ element whose header ends it: bytes of its length (-1: undefined), where it begi
 _FAR = 256  # bytes; a longer value is stepped over instead of masked out
 _TRIED, _KEPT = 32, 256
 _int = int.from_bytes
+
+
+class Passed(tuple[tuple[int, str], ...]):
+    """Tag and VR of the elements that nobody wanted, in order. Two layouts never share one."""
+
+    __slots__ = ()
 
 
 class Layouts:
@@ -41,7 +45,7 @@ class Layouts:
     def __init__(self, wanted: Callable[[int, str], bool], *, last: int | None = None) -> None:
         self._wanted, self._whole, self._last = wanted, last is None, 0xFFFFFFFF if last is None else last
         self._compiled: list[_Layout] = []
-        self._seen: dict[tuple[bool, Passed], _Layout] = {}
+        self._seen: dict[tuple[bool, tuple[tuple[int, str], ...]], _Layout] = {}
 
     def find(self, data: Buffer, start: int, end: int, *, implicit: bool) -> tuple[list[Span], Passed]:
         """The wanted elements and, the same object for each file of a layout, the others. Errors as `spans.scan`."""
@@ -92,7 +96,7 @@ class Layouts:
         wanted = [self._wanted(element[0], element[1]) for element in elements]
         if elements:
             self._learn(elements, wanted, data, implicit)
-        passed = tuple([element[:2] for element, want in zip(elements, wanted, strict=True) if not want])
+        passed = Passed([element[:2] for element, want in zip(elements, wanted, strict=True) if not want])
         return [element for element, want in zip(elements, wanted, strict=True) if want], passed
 
     def _learn(self, elements: list[Span], wanted: list[bool], data: Buffer, implicit: bool) -> None:
@@ -113,7 +117,7 @@ class _Layout:
 
     def __init__(self, elements: list[Span], wanted: list[bool], implicit: bool) -> None:
         self.implicit, self._wanted = implicit, wanted
-        self.passed: Passed = tuple([element[:2] for element, want in zip(elements, wanted, strict=True) if not want])
+        self.passed = Passed([element[:2] for element, want in zip(elements, wanted, strict=True) if not want])
         self.steps: list[_Step] = []
         self._lengths = [following - value for _, _, _, value, following in elements]
         self._varying = [length > _FAR for length in self._lengths]

@@ -61,7 +61,7 @@ def remove(ds: Dataset) -> bool:
     value = None if element is None else element.value
     if not isinstance(value, bytes):
         return False
-    syntax = str(ds.file_meta.TransferSyntaxUID)
+    syntax = str(ds.file_meta.get("TransferSyntaxUID", ""))
     if syntax in _NATIVE:
         bits = bits_of(ds)
         cleaned = None if bits is None else cleared(value, bits)
