@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import date
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +32,6 @@ import numpy as np
 import pytest
 from pydicom import dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.filebase import DicomBytesIO
 from pydicom.uid import (
     CTImageStorage,
     DigitalXRayImageStorageForPresentation,
@@ -43,6 +43,7 @@ from pydicom.uid import (
 
 from radloop.catalog.store import Catalog
 from radloop.dicom.identity import Crosswalk
+from radloop.dicom.landed import Buffer
 from radloop.dicom.landing import Landing
 from radloop.dicom.pacs import InstanceFound, Pacs, PacsError, PacsUnavailable, Patience, Query
 from radloop.dicom.pacs.fetch import Report, Target, fetch, fetch_new
@@ -98,9 +99,9 @@ class Archive:
         self.files |= made
         return list(made)
 
-    def check(self, received: Sequence[bytes], wanted: Sequence[str]) -> None:
+    def check(self, received: Sequence[Buffer], wanted: Sequence[str]) -> None:
         """Each wanted instance came once, as it was stored."""
-        found = [dcmread(DicomBytesIO(data)) for data in received]
+        found = [dcmread(BytesIO(data)) for data in received]
         assert sorted(str(ds.SOPInstanceUID) for ds in found) == sorted(wanted)
         for ds in found:
             stored = dcmread(self.files[str(ds.SOPInstanceUID)])
@@ -304,7 +305,7 @@ class PacsSuite:
             (None, [InstanceFound(sop_uid=f"{study}.{s}.3", series_uid=f"{study}.{s}") for s in (1, 2)],
              [f"{study}.1.3", f"{study}.2.3"]),
         ):  # fmt: skip
-            came: list[bytes] = []
+            came: list[Buffer] = []
             done = pacs.fetch(study, came.append, series_uid=series, instances=instances)
             assert (done.received, done.failed) == (len(wanted), 0)
             archive.check(came, wanted)
@@ -312,7 +313,7 @@ class PacsSuite:
     def test_a_sink_that_fails_ends_it(self, pacs: Pacs, archive: Archive) -> None:
         """A full disk must stop the transfer and be told, not be taken for a failure of the PACS."""
 
-        def full(_: bytes) -> None:
+        def full(_: Buffer) -> None:
             raise OSError(28, "No space left on device")
 
         with pytest.raises(OSError, match="No space left"):
@@ -325,7 +326,7 @@ class PacsSuite:
         (sent,) = pacs.send([tmp_path / "result.dcm"])
         assert sent.stored, sent
         archive.files[str(ds.SOPInstanceUID)] = tmp_path / "result.dcm"
-        came: list[bytes] = []
+        came: list[Buffer] = []
         pacs.fetch(str(ds.StudyInstanceUID), came.append)
         archive.check(came, [str(ds.SOPInstanceUID)])
 

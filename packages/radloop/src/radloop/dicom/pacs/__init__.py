@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Self
 
 import msgspec
 
+from radloop.dicom.landed import Buffer
 from radloop.dicom.pacs.pace import Patience, again
 from radloop.errors import PacsError, PacsUnavailable
 
 if TYPE_CHECKING:
     from radloop.dicom.pacs.search import Answer
 
-Sink = Callable[[bytes], None]
+Sink = Callable[[Buffer], None]
 """Takes one instance, a whole Part 10 file (PS3.10), as it arrives. What it raises ends the fetch."""
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 import socket
+import socketserver
 import ssl
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,11 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made at run 
     Verification,
 )
 
+from radloop.dicom.listener.upper_layer import Server, UpperLayer
 from radloop.dicom.pacs import Fetched, InstanceFound, Pacs, Sent, SeriesFound, Sink
 from radloop.dicom.pacs.pace import Patience
 from radloop.dicom.pacs.search import STUDY_KEYS, Answer, number
+from radloop.dicom.pacs.suboperations import OUT_OF_RESOURCES, Intake, Receiving, in_slices, wait_for
 from radloop.errors import PacsError, PacsUnavailable, SettingsError
 
 LOG = logging.getLogger(__name__)
@@ -92,7 +95,6 @@ _COMMON = tuple(
 _MAX_CONTEXTS = 128  # PS3.8 section 9.3.2.2: odd identifiers of one byte
 _MAX_PDU = 131072  # dcmtk's largest; the default of 16 KB costs four times the reads
 _LIST_UIDS = 100  # in one C-GET or C-MOVE
-_OUT_OF_RESOURCES = 0xA700
 _UID_KEYS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
 
 
@@ -197,7 +199,7 @@ class Dimse(Pacs):
                 code = self._code(status, association)
                 if code in (0xFF00, 0xFF01) and answer is not None:
                     answers.append(_answer(answer))
-                elif code == 0xFE00 or (code == _OUT_OF_RESOURCES and answers):
+                elif code == 0xFE00 or (code == OUT_OF_RESOURCES and answers):
                     return answers, False
                 else:
                     self._status(status, "C-FIND")
@@ -244,11 +246,11 @@ class Dimse(Pacs):
             classes = self._classes[1]
         done = Fetched(received=0, failed=0, way="")
         for identifier in _wanted(study_uid, series_uid, instances):
-            part = self._retrieve(identifier, classes, _Intake(sink), attempt)
+            part = self._retrieve(identifier, classes, Intake(sink), attempt)
             done = Fetched(received=done.received + part.received, failed=done.failed + part.failed, way=part.way)
         return done
 
-    def _retrieve(self, identifier: Dataset, classes: set[str], intake: _Intake, attempt: int) -> Fetched:
+    def _retrieve(self, identifier: Dataset, classes: set[str], intake: Intake, attempt: int) -> Fetched:
         if self._gets:
             try:
                 return self._c_get(identifier, _storage_contexts(classes, attempt), intake)
@@ -268,27 +270,28 @@ class Dimse(Pacs):
             )
         return self._c_move(identifier, intake, attempt)
 
-    def _c_get(self, identifier: Dataset, storage: list[PresentationContext], intake: _Intake) -> Fetched:
+    def _c_get(self, identifier: Dataset, storage: list[PresentationContext], intake: Intake) -> Fetched:
         self._end_finding()  # one association at a time
         contexts = [build_context(GET), *storage]
         roles = [build_role(uid, scp_role=True) for uid in sorted({str(c.abstract_syntax) for c in storage})]
-        with self._associated(contexts, roles=roles, on_store=intake.take) as association:
+        with self._associated(contexts, roles=roles, intake=intake) as association:
             if not any(c.abstract_syntax == GET for c in association.accepted_contexts):
                 raise _NotOffered
             return self._sub_operations(association, association.send_c_get(identifier, GET), intake, "C-GET")
 
-    def _c_move(self, identifier: Dataset, intake: _Intake, attempt: int) -> Fetched:
+    def _c_move(self, identifier: Dataset, intake: Intake, attempt: int) -> Fetched:
         self._end_finding()
-        with self._receiver.taking(intake.take, attempt), self._associated([build_context(MOVE)]) as association:
+        with self._receiver.taking(intake, attempt), self._associated([build_context(MOVE)]) as association:
             if not association.accepted_contexts:
                 raise PacsError(f"{self.name} offers neither C-GET nor C-MOVE in the study root model")
             answers = association.send_c_move(identifier, self._receiver.title, MOVE)
             return self._sub_operations(association, answers, intake, "C-MOVE")
 
     def _sub_operations(
-        self, association: Association, answers: Iterator[tuple[Dataset, Dataset | None]], intake: _Intake, way: str
+        self, association: Association, answers: Iterator[tuple[Dataset, Dataset | None]], intake: Intake, way: str
     ) -> Fetched:
         failed = 0
+        wait_for(association, intake, self._timeout_s)
         for status, _ in answers:
             if intake.error is not None:  # our side cannot go on: nothing more need be sent
                 association.abort()
@@ -344,9 +347,9 @@ class Dimse(Pacs):
         contexts: Sequence[PresentationContext],
         *,
         roles: Sequence[Any] = (),
-        on_store: Callable[[evt.Event], int] | None = None,
+        intake: Intake | None = None,
     ) -> Iterator[Association]:
-        association = self._associate(contexts, roles=roles, on_store=on_store)
+        association = self._associate(contexts, roles=roles, intake=intake)
         try:
             yield association
         except RuntimeError:  # pynetdicom's word for an association that has ended meanwhile
@@ -359,14 +362,14 @@ class Dimse(Pacs):
         contexts: Sequence[PresentationContext],
         *,
         roles: Sequence[Any] = (),
-        on_store: Callable[[evt.Event], int] | None = None,
+        intake: Intake | None = None,
     ) -> Association:
-        ae = _Ae(ae_title=self.address.calling)
+        ae = _Ae(ae_title=self.address.calling, intake=intake)
         ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = self._timeout_s
         ae.connection_timeout = self._timeout_s
         handlers: list[Any] = [(evt.EVT_CONN_OPEN, _no_delay)]
-        if on_store is not None:
-            handlers.append((evt.EVT_C_STORE, on_store))
+        if intake is not None:
+            handlers.append((evt.EVT_CONN_OPEN, in_slices))
         association = ae.associate(
             self.address.host,
             self.address.port,
@@ -446,55 +449,27 @@ class _NotOffered(Exception):
     """The PACS does not do C-GET."""
 
 
-class _Intake:
-    """One retrieval's sub-operations: bytes to the sink, under a lock, the sink's error kept."""
-
-    def __init__(self, sink: Sink) -> None:
-        self._sink, self._lock = sink, threading.Lock()
-        self.received, self.error = 0, None
-
-    error: BaseException | None
-
-    def take(self, event: evt.Event) -> int:
-        with self._lock:
-            if self.error is not None:
-                return _OUT_OF_RESOURCES
-            try:
-                self._sink(event.encoded_dataset())
-            except BaseException as error:  # noqa: BLE001 - raised again where the retrieval waits
-                self.error = error
-                return _OUT_OF_RESOURCES
-            self.received += 1
-            return 0
-
-
 class _Receiver:
     """The storage SCP that a PACS sends to on C-MOVE: from that PACS only, and only while something is asked for."""
 
     def __init__(self, title: str, sender: str, host: str, port: int | None) -> None:
         self.title, self._sender, self._address = title, sender, (host, port)
-        self._take: Callable[[evt.Event], int] | None = None
-        self._server: Any = None
+        self._intake: Intake | None = None
         self._attempt = 0
+        self._server: Any = None
 
     @property
     def usable(self) -> bool:
         return self._address[1] is not None
 
-    @property
-    def port(self) -> int:
-        """The port it listens on. Started if it is not."""
-        self._start()
-        return int(self._server.server_address[1])
-
     @contextmanager
-    def taking(self, take: Callable[[evt.Event], int], attempt: int) -> Iterator[None]:
+    def taking(self, intake: Intake, attempt: int) -> Iterator[None]:
         self._start()
-        self._take, self._attempt = take, attempt
+        self._intake, self._attempt = intake, attempt
         try:
             yield
         finally:
-            self._take = None
+            self._intake = None
 
     def _start(self) -> None:
         if self._server is not None:
@@ -505,13 +480,14 @@ class _Receiver:
         ae.maximum_pdu_size = _MAX_PDU
         ae.require_calling_aet = [self._sender]
         host, port = self._address[0], self._address[1] or 0
-        handlers: list[Any] = [
-            (evt.EVT_REQUESTED, self._choose),
-            (evt.EVT_C_STORE, self._on_store),
-            (evt.EVT_CONN_OPEN, _no_delay),
-        ]
         try:
-            self._server = ae.start_server((host, port), block=False, evt_handlers=handlers)
+            self._server = ae.make_server(
+                (host, port),
+                evt_handlers=[(evt.EVT_REQUESTED, self._choose)],
+                server_class=Server,
+                serve=lambda _: Receiving(lambda: self._intake),
+                refused=lambda what, error: LOG.warning("a connection to move_port failed: %s (%s)", what, error),
+            )
         except OSError as error:
             raise SettingsError(
                 f"cannot receive on {host}:{port}",
@@ -519,6 +495,7 @@ class _Receiver:
                 got=error.strerror or type(error).__name__,
                 next_step="set another move_port, and register it at the PACS",
             ) from None
+        threading.Thread(target=self._server.serve_forever, args=(0.1,), name="c-move", daemon=True).start()
 
     def _choose(self, event: evt.Event) -> None:
         """Of the syntaxes that a context names, the first is taken: at a later attempt, see to another being first."""
@@ -529,15 +506,14 @@ class _Receiver:
         for context in request.presentation_context_definition_list:
             context.transfer_syntax = sorted(context.transfer_syntax, key=lambda syntax: syntax not in liked)
 
-    def _on_store(self, event: evt.Event) -> int:
-        take = self._take
-        return take(event) if take is not None else _OUT_OF_RESOURCES
-
     def stop(self) -> None:
-        if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
-            self._server = None
+        if self._server is None:
+            return
+        server, self._server = self._server, None
+        socketserver.BaseServer.shutdown(server)
+        server.socket.close()
+        for association in server.ae.active_associations:
+            association.abort()
 
 
 def _wanted(study_uid: str, series_uid: str | None, instances: Sequence[InstanceFound] | None) -> Iterator[Dataset]:
@@ -627,10 +603,20 @@ def _kind(path: Path) -> tuple[str, str]:
 
 
 class _Ae(AE):
-    """pynetdicom (3.0.4) forgets a socket without closing it when the connection fails or the peer is gone."""
+    """pynetdicom (3.0.4) forgets a socket without closing it when the connection fails or the peer is gone.
+
+    `intake`: takes the instances that come over its association.
+    """
+
+    def __init__(self, ae_title: str, intake: Intake | None = None) -> None:
+        super().__init__(ae_title)
+        self._intake = intake
 
     def _create_socket(self, assoc: Association, address: Any, tls_args: Any) -> Any:
         made = super()._create_socket(assoc, address, tls_args)
+        if self._intake is not None:
+            assoc.dul.socket = made  # the upper layer wants to know it; who called us sets it again
+            UpperLayer(assoc, lambda _: Receiving(lambda: self._intake)).socket = None
         shut_down = made._shutdown_socket
 
         def close() -> None:

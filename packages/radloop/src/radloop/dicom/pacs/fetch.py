@@ -13,6 +13,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import date, timedelta
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ import msgspec
 
 from radloop.catalog.audit import record
 from radloop.catalog.fetched import FetchedStudy
+from radloop.dicom.landed import Buffer
 from radloop.dicom.landing import Arrival, Landing, OutcomeKind
 from radloop.dicom.pacs import InstanceFound, Pacs, Query, StudyFound
 from radloop.dicom.pacs.pace import Hours, Rate
@@ -118,7 +120,10 @@ def fetch(
     run = _Run(pacs, target, progress)
     audit(target.catalog, pacs, "pacs fetch", query, actor=actor)
     found = sorted(pacs.find(query), key=lambda study: (study.study_date, study.study_time, study.study_uid))
-    return run.studies(found, limit)
+    try:
+        return run.studies(found, limit)
+    finally:
+        run.close()
 
 
 def audit(catalog: Catalog, pacs: Pacs, action: str, query: Query, *, actor: str, **counts: int) -> None:
@@ -195,6 +200,9 @@ class _Run:
         report.outcomes = dict(sorted(self._intake.outcomes.items()))
         report.reasons = dict(sorted(self._intake.reasons.items()))
         return report
+
+    def close(self) -> None:
+        self._intake.close()
 
     def _study(self, study: StudyFound) -> None:
         uid = self._target.pseudonymiser.uid(study.study_uid)
@@ -300,29 +308,51 @@ class _Run:
 
 
 class _Intake:
-    """Takes instances as they come, not faster than allowed, and gives them to the landing zone in batches."""
+    """Takes instances as they come, not faster than allowed, and gives them to the landing zone in batches.
+
+    One batch is written while the next one comes: no more than two are in memory.
+    """
 
     def __init__(self, target: Target, sender: str, landed: Callable[[int], None]) -> None:
         self._target, self._sender, self._landed = target, sender, landed
         self._rate = Rate(target.per_s)
         self._batch: list[Arrival] = []
         self._bytes = 0
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="fetched")
+        self._writing: Future[None] | None = None
         self.outcomes: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
         self.nameless: set[str] = set()
 
-    def take(self, data: bytes) -> None:
+    def take(self, data: Buffer) -> None:
+        """One instance. Raises what writing an earlier batch raised."""
         self._rate.wait()
         self._batch.append(Arrival(data=data, site=self._target.site, sender=self._sender))
         self._bytes += len(data)
         if len(self._batch) >= _BATCH or self._bytes >= _BATCH_BYTES:
-            self.flush()
+            self._write_behind()
 
     def flush(self) -> None:
-        """Durable and in the catalog when this returns."""
+        """All that came is durable and in the catalog when this returns."""
+        self._write_behind()
+        self._written()
+
+    def close(self) -> None:
+        """End the writer; what it has begun is written."""
+        self._writer.shutdown()
+
+    def _write_behind(self) -> None:
+        self._written()
         batch, self._batch, self._bytes = self._batch, [], 0
-        if not batch:
-            return
+        if batch:
+            self._writing = self._writer.submit(self._write, batch)
+
+    def _written(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, batch: list[Arrival]) -> None:
         for outcome in self._target.landing.receive_many(batch):
             self.outcomes[str(outcome.kind)] += 1
             if outcome.reason is not None:
