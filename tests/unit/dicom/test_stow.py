@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -303,14 +303,14 @@ def test_several_clients_at_once(stow: Stow, landing: Landing) -> None:
 
 def test_a_full_disk_is_told_for_each_instance(stow: Stow, landing: Landing, monkeypatch: pytest.MonkeyPatch) -> None:
     """If this failed, a sender would delete what there was no room for."""
-    real = landing.receive_many
+    real = landing.receive_one
 
-    def full_for_the_second(arrivals: Sequence[Any]) -> Any:
-        if any(b"1.2.3.2" in bytes(arrival.data[:1000]) for arrival in arrivals):
+    def full_for_the_second(arrival: Any) -> Any:
+        if arrival.sop_uid == "1.2.3.2":
             raise StorageFull("no space left")
-        return real(arrivals)
+        return real(arrival)
 
-    monkeypatch.setattr(landing, "receive_many", full_for_the_second)
+    monkeypatch.setattr(landing, "receive_one", full_for_the_second)
     response = post(stow, multipart(dicom(1), dicom(2), dicom(3)))
     assert (response.status_code, kept(response), reasons(response)) == (202, ["1.2.3.1", "1.2.3.3"], [0xA700])
     response = post(stow, multipart(dicom(2)))
@@ -325,10 +325,10 @@ def test_nothing_of_a_patient_is_logged(
 ) -> None:
     """If this failed, a log would name patients or hold a token."""
 
-    def broken(_arrivals: Sequence[Any]) -> Any:
+    def broken(_arrival: Any) -> Any:
         raise RuntimeError("CANARY^NAME")
 
-    monkeypatch.setattr(landing, "receive_many", broken)
+    monkeypatch.setattr(landing, "receive_one", broken)
     response = post(stow, multipart(dicom(1)))
     assert (response.status_code, reasons(response)) == (409, [0x0110])
     assert "could not be kept: RuntimeError" in caplog.text
@@ -428,3 +428,24 @@ def test_a_part_larger_than_allowed_is_passed_over(tmp_path: Path) -> None:
     parser = Parts(b"B", tmp_path, 1000)
     large, small = parser.feed(multipart(bytes(5000), b"x", boundary="B"))
     assert (large.too_large, large.size, small.too_large, bytes(small.data)) == (True, 5000, False, b"x")
+
+
+def test_a_header_that_names_another_instance(stow: Stow, landing: Landing) -> None:
+    """If this failed, an instance would be lost, or kept under another's identity, because its writer was careless."""
+    file = dicom(1)
+    wrong = file.replace(b"UI\x08\x001.2.3.1\0", b"UI\x08\x001.2.3.9\0", 1)
+    assert wrong != file
+    response = post(stow, multipart(wrong))
+    assert response.status_code == 200
+    assert stored(landing) == [Pseudonymiser(KEY).uid("1.2.3.1")]
+    assert post(stow, multipart(file)).status_code == 200
+    assert stow.counts["same"] == 1, "the data set is the same, whatever is written before it"
+
+
+def test_the_same_instance_by_c_store_and_by_stow_is_one(stow: Stow, landing: Landing) -> None:
+    """If this failed, a study sent by two routes would look as if it had been corrected."""
+    file = dicom(1)
+    landing.receive(file, site="north", sender="CT1")
+    post(stow, multipart(b"\1" * 128 + file[128:]))
+    assert stow.counts["same"] == 1
+    assert len(stored(landing)) == 1

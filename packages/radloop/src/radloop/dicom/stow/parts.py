@@ -61,7 +61,7 @@ class Part:
     def write(self, data: memoryview) -> None:
         """More of it."""
         self.size += len(data)
-        if self.too_large or self.unkept:
+        if self.lost:
             return
         if self.size > self._most:
             self.too_large = True
@@ -84,6 +84,16 @@ class Part:
             _write_all(self._spool, memoryview(self._memory))
             self._memory = bytearray()
         _write_all(self._spool, data)
+
+    @property
+    def lost(self) -> bool:
+        """Its bytes are not there."""
+        return self.too_large or self.unkept
+
+    @property
+    def spooled(self) -> bool:
+        """It is in a file, not in memory."""
+        return self._spool >= 0
 
     @property
     def data(self) -> memoryview:

@@ -12,6 +12,7 @@ import ssl
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,11 @@ import msgspec
 
 from radloop.catalog.database import StorageFull
 from radloop.catalog.reason import Reason
-from radloop.dicom.landing import Arrival, Landing, Outcome
+from radloop.dicom import landed
+from radloop.dicom.landing import Arrival, Landing, Mismatch, Outcome, Received
 from radloop.dicom.listener.status import Peer, Status, Tally
 from radloop.dicom.stow import answer
+from radloop.dicom.stow.head import Head, head_of
 from radloop.dicom.stow.parts import Malformed, Part, Parts, UnsupportedMedia, boundary_of
 from radloop.errors import DicomError, EngineError, SettingsError
 
@@ -35,6 +38,7 @@ MOST_BYTES = 4 << 30
 """The largest instance: lengths in DICOM have 32 bits."""
 _BATCH_PARTS = 64
 _BATCH_BYTES = 8 << 20
+_STORING = 4
 _IDLE_S = 60.0
 _GRACE_S = 10
 _RETRY_AFTER_S = 120
@@ -82,6 +86,7 @@ class Stow:
         self._landing, self._address, self._tls, self._idle_s = landing, (host, port), tls, idle_s
         self._tokens = [(hashlib.sha256(who.token).digest(), name, who.site) for name, who in senders.items()]
         self._max, self._active = max_requests, 0
+        self._storing = ThreadPoolExecutor(_STORING, thread_name_prefix="stow-store")  # their commits go together
         self._tally = Tally()
         self._server: Any = None
         self._thread: threading.Thread | None = None
@@ -143,6 +148,7 @@ class Stow:
             self._server.should_exit = True
             self._thread.join()
             self._server = None
+        self._storing.shutdown()
 
     def __enter__(self) -> Stow:
         self.start()
@@ -181,7 +187,7 @@ class Stow:
             return self._refused(503, "limit", "too many requests at once", {"Retry-After": str(_RETRY_AFTER_S)})
         self._active += 1
         peer, whole = self._tally.opened(who[0]), False
-        taking = _Taking(self._landing, *who, request.path_params.get("study"), self._tally, peer)
+        taking = _Taking(self._landing, *who, request.path_params.get("study"), self._tally, peer, self._storing)
         try:
             malformed = await self._take(request, Parts(boundary, self._landing.landing, MOST_BYTES), taking)
             whole = not malformed
@@ -248,11 +254,12 @@ class _Taking:
         study: str | None,
         tally: Tally,
         peer: Peer,
+        storing: ThreadPoolExecutor,
     ) -> None:
         self.results: list[answer.Stored] = []
         self.too_large = False
         self._landing, self._sender, self._site, self._study = landing, sender, site, study
-        self._tally, self._peer = tally, peer
+        self._tally, self._peer, self._storing = tally, peer, storing
         self._batch: list[Part] = []
         self._bytes = 0
         self._task: asyncio.Task[None] | None = None
@@ -281,13 +288,14 @@ class _Taking:
     def _keep(self, parts: list[Part]) -> None:
         began = time.perf_counter()
         told: list[tuple[answer.Stored, str]] = []
-        wanted: list[tuple[int, Part]] = []
+        wanted: list[tuple[int, Part, Head]] = []
         for part in parts:
             refused = self._refusal(part)
+            head = Head() if part.lost else head_of(part.data)
             if refused is None:
-                wanted.append((len(told), part))
-            told.append((answer.Stored(*_uids(part), refused), "failed"))
-        for (place, _), outcome in zip(wanted, self._store([part for _, part in wanted]), strict=True):
+                wanted.append((len(told), part, head))
+            told.append((answer.Stored(head.sop_class_uid, head.sop_uid, refused), "failed"))
+        for (place, _, _), outcome in zip(wanted, self._storing.map(self._store, wanted), strict=True):
             told[place] = _told(told[place][0], outcome)
         self.results += [stored for stored, _ in told]
         each = (time.perf_counter() - began) / len(parts)
@@ -299,7 +307,7 @@ class _Taking:
 
     def _refusal(self, part: Part) -> int | None:
         """Why a part is not even looked at."""
-        if part.too_large or part.unkept:
+        if part.lost:
             self.too_large |= part.too_large
             return answer.OUT_OF_RESOURCES
         kind = part.content_type.partition(";")[0].strip()
@@ -309,18 +317,16 @@ class _Taking:
             return answer.ANOTHER_STUDY
         return None
 
-    def _store(self, parts: list[Part]) -> list[Outcome | int]:
-        """Keep them together; if that fails, one by one, so that one part's trouble is not another's."""
-        arrivals = [Arrival(data=part.data, site=self._site, sender=self._sender) for part in parts]
-        if not arrivals:
-            return []
-        with contextlib.suppress(Exception):  # told below, for the part it comes from
-            return list(self._landing.receive_many(arrivals))
-        return [self._store_one(arrival) for arrival in arrivals]
-
-    def _store_one(self, arrival: Arrival) -> Outcome | int:
+    def _store(self, wanted: tuple[int, Part, Head]) -> Outcome | int:
+        """Keep one instance."""
+        _, part, head = wanted
         try:
-            return self._landing.receive_many([arrival])[0]
+            if head.whole and not part.spooled:
+                with contextlib.suppress(
+                    Mismatch
+                ):  # group 0002 names another instance than the data set: kept as it came
+                    return self._landing.receive_one(self._received(part, head))
+            return self._landing.receive_many([Arrival(data=part.data, site=self._site, sender=self._sender)])[0]
         except StorageFull:
             LOG.error("no space left: an instance from %s was refused", self._sender)
             self._tally.failed(self._sender, "no space left")
@@ -329,6 +335,31 @@ class _Taking:
             LOG.error("an instance from %s could not be kept: %s", self._sender, type(error).__name__)
             self._tally.failed(self._sender, f"could not be kept: {type(error).__name__}")
             return answer.PROCESSING_FAILURE
+
+    def _received(self, part: Part, head: Head) -> Received:
+        """As C-STORE would have brought it: the data set behind a header of our own, which says whence it came."""
+        ours = landed.header(
+            sop_class_uid=head.sop_class_uid,
+            sop_uid=head.sop_uid,
+            transfer_syntax_uid=head.transfer_syntax_uid,
+            sender=self._sender,
+            site=self._site,
+        )
+        data_set = part.data[head.end :]
+        digest = landed.begin(head.transfer_syntax_uid)
+        digest.update(data_set)
+        sha256 = digest.hexdigest()
+        data = bytearray(ours)
+        data[landed.seal_at(ours, self._site)] = self._landing.stamp(sha256, self._site, self._sender)
+        data += data_set
+        return Received(
+            data=data,
+            site=self._site,
+            sender=self._sender,
+            sha256=sha256,
+            sop_class_uid=head.sop_class_uid,
+            sop_uid=head.sop_uid,
+        )
 
 
 def _told(stored: answer.Stored, outcome: Outcome | int) -> tuple[answer.Stored, str]:
@@ -346,25 +377,6 @@ def _study_of(part: Part) -> str | None:
         return read_header(part.data).study_uid
     except DicomError:
         return None  # quarantine will have it
-
-
-def _uids(part: Part) -> tuple[str, str]:
-    """SOP class and instance UID from group 0002, explicit VR little endian (PS3.10 section 7.1); empty where not there."""
-    found = {0x0002: "", 0x0003: ""}
-    if part.too_large or part.unkept:
-        return "", ""
-    head = bytes(part.data[128:2048])
-    at = 4
-    while head[:4] == b"DICM" and at + 8 <= len(head) and head[at : at + 2] == b"\x02\x00":
-        element = int.from_bytes(head[at + 2 : at + 4], "little")
-        long = head[at + 4 : at + 6] in (b"OB", b"UN", b"OW", b"SQ", b"UT")
-        start = at + (12 if long else 8)
-        length = int.from_bytes(head[at + 8 : at + 12] if long else head[at + 6 : at + 8], "little")
-        if element in found:
-            found[element] = head[start : start + length].rstrip(b"\0 ").decode("ascii", "replace")
-        at = start + length
-    valid = all(0 < len(uid) <= 64 and not uid.strip("0123456789.") for uid in found.values())
-    return (found[2], found[3]) if valid else ("", "")
 
 
 def _accepted(accept: str) -> str | None:
