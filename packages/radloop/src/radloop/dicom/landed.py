@@ -223,6 +223,15 @@ def _open_new(target: Path, data: Buffer, spool: int | None = None) -> int | Non
     return handle
 
 
+def make_folders(parent: Path) -> None:
+    """Make the 256 folders of identities that are not there yet, for good."""
+    missing = [folder for number in range(256) if not (folder := parent / f"{number:02x}").is_dir()]
+    for folder in missing:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    if missing:
+        _flush(parent)
+
+
 def _create(path: Path) -> int:
     flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
     try:

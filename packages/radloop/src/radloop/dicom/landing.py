@@ -29,10 +29,11 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -56,7 +57,7 @@ from radloop.dicom.arrival import arrival_from, check_announced, is_announced
 from radloop.dicom.folder import FolderReport, SiteOf, receive_folder
 from radloop.dicom.header import Header, read_header
 from radloop.dicom.identity import Crosswalk, Entry, Identity, Row
-from radloop.dicom.landed import Placed, identity, write_durably
+from radloop.dicom.landed import Placed, identity, make_folders, write_durably
 from radloop.dicom.recorder import Together
 from radloop.dicom.same_pixels import same_pixels
 from radloop.dicom.uids import Pseudonymiser, normalise
@@ -72,6 +73,16 @@ class Recovered(msgspec.Struct, frozen=True, kw_only=True):
     registered: int
     removed: int
     unknown: int
+
+
+class Aside(Protocol):
+    """Does things in another thread, in order."""
+
+    def __call__(self, task: Callable[..., object], *arguments: object) -> None:
+        """Begin."""
+
+    def wait(self) -> None:
+        """Return when all is done; raises what was raised."""
 
 
 class _Item(msgspec.Struct):
@@ -144,8 +155,12 @@ class Landing:
         self._keep(fresh)
         return [item.outcome for item in items if item.outcome is not None]
 
-    def receive_one(self, arrival: Received) -> Outcome:
+    def receive_one(self, arrival: Received, aside: Aside | None = None) -> Outcome:
         """Take what C-STORE brought: durable and in the catalog when this returns. See this module's docstring.
+
+        Args:
+            arrival: the instance.
+            aside: reads the header while this thread flushes the file.
 
         Raises:
             StorageFull: no space left; nothing was accepted.
@@ -155,7 +170,7 @@ class Landing:
             item = _Item(arrival, arrival.sha256)
             if not self._catalog.unseen(item.sha256, self._pseudonymiser.key_id):
                 self._pass_over_known([item], again=False)
-            if item.outcome is None and (not is_announced(arrival) or not self._is_new(item)):
+            if item.outcome is None and (not is_announced(arrival) or not self._is_new(item, aside)):
                 if item.row is None and item.refusal is None:
                     self._read(item)
                 self._keep([item])
@@ -164,25 +179,36 @@ class Landing:
             assert item.outcome is not None
             return item.outcome
 
-    def _is_new(self, item: _Item) -> bool:
+    def _is_new(self, item: _Item, aside: Aside | None) -> bool:
         """Write, and read the header meanwhile; record if it is new. False: all of it must be kept the careful way."""
         arrival = item.arrival
         assert isinstance(arrival, Received)
         placed = Placed(self.landed(item.sha256), arrival.data, arrival.spool)
         try:
-            self._read(item)
-            if rows := self._crosswalk.encrypted(_identities(item)):
-                self._put_together(rows)
+            aside(self._name, item) if aside is not None else self._name(item)
         finally:
             placed.flush()
+            if aside is not None:
+                aside.wait()
         if item.row is None or self._record_together(item.row) is not Recorded.NEW:
             return False
         item.outcome = Outcome(OutcomeKind.NEW, item.sop_uid, None, item.sha256)
         return True
 
+    def _name(self, item: _Item) -> None:
+        """Read the header, and keep what its pseudonyms stand for."""
+        self._read(item)
+        if rows := self._crosswalk.encrypted(_identities(item)):
+            self._put_together(rows)
+
     def _put(self, groups: list[list[Row]]) -> list[int]:
         self._crosswalk.put_rows([row for rows in groups for row in rows], durable=False)
         return [len(rows) for rows in groups]
+
+    def prepare(self) -> None:
+        """Make the folders of all identities now: made when they are first needed, each costs an instance two more fsyncs."""
+        for folder in (self.landing, self.quarantine):
+            make_folders(folder)
 
     def stamp(self, sha256: str, site: str, sender: str) -> bytes:
         """What makes a header of `radloop.dicom.landed` a proof of whence its file came."""
@@ -343,6 +369,11 @@ class Landing:
     def complete(self, sender: str) -> None:
         """All has come that this sender had: studies of which everything new is from it need not wait until they are quiet."""
         self._catalog.release_from(sender, actor=sender)
+
+    def studies(self, pseudonyms: Iterable[str], *, who: str, why: str) -> dict[str, str]:
+        """Pseudonym -> original StudyInstanceUID, of those that are known; the ledger notes who asked, and why."""
+        found = self._crosswalk.get_many(Identity.STUDY, pseudonyms, who=who, why=why)
+        return {pseudonym: values["StudyInstanceUID"] for pseudonym, values in found.items()}
 
     def use_now(self, sop_uid: str, *, by: str) -> None:
         """A person decided that an instance (pseudonym) is to be used: its study need not wait until it is quiet."""

@@ -15,6 +15,7 @@ A data set that lacks a UID, is cut or cannot be read is no mismatch: it is kept
 from __future__ import annotations
 
 import logging
+import os
 import socketserver
 import ssl
 import threading
@@ -23,7 +24,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from pynetdicom import AE, _config, evt
+from pynetdicom import _config, evt
 from pynetdicom.association import Association
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]  # made at run time
 
@@ -32,7 +33,7 @@ from radloop.dicom.landing import Landing, Mismatch
 from radloop.dicom.listener.incoming import Hold, Incoming
 from radloop.dicom.listener.messages import Command
 from radloop.dicom.listener.status import Status, Tally
-from radloop.dicom.listener.upper_layer import LONGEST_PDU, Server
+from radloop.dicom.listener.upper_layer import LONGEST_PDU, Entity, Server
 from radloop.errors import EngineError, SettingsError
 
 LOG = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ OUT_OF_RESOURCES = 0xA700
 NOT_AS_ANNOUNCED = 0xA900
 CANNOT_UNDERSTAND = 0xC000
 _POLL_S = 0.1
+_CORES = os.cpu_count() or 1
 _REJECTED = {(1, 1, 3): "calling AE", (1, 1, 7): "called AE", (2, 3, 2): "limit"}
 
 
@@ -87,7 +89,7 @@ class Listener:
         self._sites = {title.strip(): site for title, site in sites.items()}
         self._tls = tls
         self._tally = Tally()
-        self._ae = AE(ae_title=ae_title)
+        self._ae = Entity(ae_title=ae_title)
         self._ae.add_supported_context(Verification)
         self._ae.require_calling_aet = list(self._sites)
         self._ae.require_called_aet = require_called_ae
@@ -118,6 +120,7 @@ class Listener:
         """
         # Private and future storage classes too: pynetdicom offers this as a switch of the whole process only.
         _config.UNRESTRICTED_STORAGE_SERVICE = True
+        self._landing.prepare()
         try:
             self._server = self._ae.make_server(
                 self._address,
@@ -148,7 +151,7 @@ class Listener:
         deadline = time.monotonic() + grace_s
         while self._ae.active_associations and time.monotonic() < deadline:
             time.sleep(0.02)
-        for association in self._ae.active_associations:
+        for association in server.active_associations:
             association.abort()
 
     def __enter__(self) -> Listener:
@@ -190,6 +193,7 @@ class _Storage:
             site=self._site,
             landing=self._landing,
             hold=self._hold,
+            parallel=self._tally.open < _CORES,
         )
 
     def finish(self, command: Command, incoming: Incoming | None) -> tuple[int, str]:
@@ -204,7 +208,7 @@ class _Storage:
         try:
             if incoming is None:
                 return self._failed("a command without instance UIDs, or without a data set", CANNOT_UNDERSTAND)
-            return self._landing.receive_one(incoming.complete()).kind, SUCCESS, ""
+            return self._landing.receive_one(incoming.complete(), incoming.aside).kind, SUCCESS, ""
         except StorageFull:
             return self._failed("no space left", OUT_OF_RESOURCES)
         except Mismatch as error:
@@ -224,4 +228,5 @@ class _Storage:
 
     def ended(self, *, released: bool) -> None:
         """The association is over."""
+        self._hold.aside.close()
         self._tally.closed(self._peer, released=released)

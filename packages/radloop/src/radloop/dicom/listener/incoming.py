@@ -1,10 +1,18 @@
-"""One instance on its way in: hashed as its fragments arrive, in memory up to a bound, beyond it in a file without a name."""
+"""One instance on its way in: written and hashed as its fragments arrive.
+
+Its bytes go to a file that has no name yet; as long as they are few they stay in memory as well, where its header is read.
+Where a core is free, a second thread hashes meanwhile.
+"""
 
 from __future__ import annotations
 
 import mmap
 import os
+import threading
+from collections.abc import Callable
 from contextlib import suppress
+from queue import SimpleQueue
+from typing import Any
 
 from radloop.catalog.database import StorageFull, storage_errors
 from radloop.dicom import landed
@@ -12,8 +20,52 @@ from radloop.dicom.landing import Landing, Received
 from radloop.dicom.listener.messages import Command
 
 HELD_BYTES = 8 << 20
-"""What one association holds in memory of an instance; a larger one goes on in a file."""
+"""What one association holds in memory of an instance; of a larger one, the file is mapped."""
 _FIRST_BYTES = 1 << 20
+_WRITE_OUT_BYTES = 8 << 20
+
+
+class Aside:
+    """One thread that does things aside, in order; `wait` returns when all are done, and raises what one of them raised."""
+
+    def __init__(self) -> None:
+        self._tasks: SimpleQueue[tuple[Callable[..., object], tuple[Any, ...]] | None] = SimpleQueue()
+        self._done: SimpleQueue[BaseException | None] = SimpleQueue()
+        self._pending = 0
+        self._thread: threading.Thread | None = None
+
+    def __call__(self, task: Callable[..., object], *arguments: object) -> None:
+        """Do this aside."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="aside", daemon=True)
+            self._thread.start()
+        self._pending += 1
+        self._tasks.put((task, arguments))
+
+    def wait(self) -> None:
+        """Return when nothing is left to do."""
+        errors = []
+        while self._pending:
+            errors.append(self._done.get())
+            self._pending -= 1
+        for error in errors:
+            if error is not None:
+                raise error
+
+    def close(self) -> None:
+        """End the thread when it has done all."""
+        if self._thread is not None:
+            self._tasks.put(None)
+
+    def _run(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            try:
+                task[0](*task[1])
+            except BaseException as error:  # noqa: BLE001 - `wait` raises it
+                self._done.put(error)
+            else:
+                self._done.put(None)
+            del task
 
 
 class Hold:
@@ -21,19 +73,34 @@ class Hold:
 
     def __init__(self) -> None:
         self.bytes = bytearray(_FIRST_BYTES)
+        self.aside = Aside()
 
 
 class Incoming:
     """Give it room to receive into (`room`), say how much was received (`took`), then `complete` and `close` it.
 
     Where the disk is full, it takes and drops the rest of the message: the peer gets its answer when all of it has come.
+
+    Args:
+        parallel: hash in a thread aside; worth it where a core would else be idle.
     """
 
     def __init__(
-        self, command: Command, transfer_syntax_uid: str, *, sender: str, site: str, landing: Landing, hold: Hold
+        self,
+        command: Command,
+        transfer_syntax_uid: str,
+        *,
+        sender: str,
+        site: str,
+        landing: Landing,
+        hold: Hold,
+        parallel: bool,
     ) -> None:
         self.command, self.sender, self.site = command, sender, site
         self.full: StorageFull | None = None
+        self.size = 0
+        """Bytes of the data set so far."""
+        self.aside = hold.aside if parallel else None
         self._landing, self._hold = landing, hold
         self._head = landed.header(
             sop_class_uid=command.sop_class_uid,
@@ -46,18 +113,23 @@ class Incoming:
         self._view = memoryview(hold.bytes)
         self._at = len(self._head)  # where in the view the next bytes go
         self._view[: self._at] = self._head
-        self._spool: int | None = None
+        self._held = True
         self._map: mmap.mmap | None = None
-        self.size = 0
-        """Bytes of the data set so far."""
+        self._file: int | None = None
+        try:
+            with storage_errors("landing"):
+                self._file = landed.nameless(landing.landing)
+        except StorageFull as error:
+            self.full = error
+        self._write(self._view[: self._at])
 
     def room(self, wanted: int) -> memoryview:
         """Where the next bytes are to be written: up to `wanted`, at least one."""
-        if self._spool is None and self._at + wanted > len(self._view):
+        if self._held and self._at + wanted > len(self._view):
             if self._at + wanted <= HELD_BYTES:
                 self._grow(self._at + wanted)
             else:
-                self._start_spool()
+                self._let_go()
         return self._view[self._at : self._at + wanted]
 
     def took(self, count: int) -> None:
@@ -66,11 +138,13 @@ class Incoming:
         self.size += count
         if self.full is not None:
             return
-        self._digest.update(new)
-        if self._spool is None:
-            self._at += count
+        if self._held and self.aside is not None:
+            self.aside(self._digest.update, new)
         else:
-            self._write(new)
+            self._digest.update(new)
+        self._write(new)
+        if self._held:
+            self._at += count
 
     def complete(self) -> Received:
         """The whole instance, its header sealed. Valid until `close`.
@@ -78,16 +152,19 @@ class Incoming:
         Raises:
             StorageFull: there was no room for it.
         """
-        if self.full is not None:
-            raise self.full
+        if self.aside is not None:
+            self.aside.wait()
+        if self.full is not None or self._file is None:
+            raise self.full or StorageFull("no space left to write the landing")
         sha256 = self._digest.hexdigest()
         where, stamp = landed.seal_at(self._head, self.site), self._landing.stamp(sha256, self.site, self.sender)
-        if self._spool is None:
+        with storage_errors("landing"):
+            os.pwrite(self._file, stamp, where.start)
+        if self._held:
             self._view[where] = stamp
             data = self._view[: self._at]
         else:
-            os.pwrite(self._spool, stamp, where.start)
-            self._map = mmap.mmap(self._spool, 0, access=mmap.ACCESS_READ)
+            self._map = mmap.mmap(self._file, 0, access=mmap.ACCESS_READ)
             data = memoryview(self._map)
         return Received(
             data=data,
@@ -96,17 +173,21 @@ class Incoming:
             sha256=sha256,
             sop_class_uid=self.command.sop_class_uid,
             sop_uid=self.command.sop_uid,
-            spool=self._spool,
+            spool=self._file,
         )
 
     def close(self) -> None:
         """Forget it; what was not kept is gone."""
+        if self.aside is not None:
+            with suppress(BaseException):
+                self.aside.wait()
         self._view.release()
         if self._map is not None:
             with suppress(BufferError):  # somebody still looks at it; it goes with the last view
                 self._map.close()
-        if self._spool is not None:
-            os.close(self._spool)
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
 
     def _grow(self, needed: int) -> None:
         larger = bytearray(min(max(needed, 2 * len(self._hold.bytes)), HELD_BYTES))
@@ -114,23 +195,22 @@ class Incoming:
         self._view.release()
         self._hold.bytes, self._view = larger, memoryview(larger)
 
-    def _start_spool(self) -> None:
-        """Go on in a file."""
-        try:
-            with storage_errors("landing"):
-                self._spool = landed.nameless(self._landing.landing)
-        except StorageFull as error:
-            self.full = error
-        held, self._at = self._view[: self._at], 0
-        if self._spool is not None:
-            self._write(held)
+    def _let_go(self) -> None:
+        """Too large to be held: from here on it is in the file only."""
+        if self.aside is not None:
+            self.aside.wait()
+        self._held, self._at = False, 0
 
     def _write(self, data: memoryview) -> None:
-        assert self._spool is not None
+        if self._file is None:
+            return
         try:
             with storage_errors("landing"):
-                while data:
-                    data = data[os.write(self._spool, data) :]
+                left = data
+                while left:
+                    left = left[os.write(self._file, left) :]
         except StorageFull as error:
             self.full = error
-            os.ftruncate(self._spool, 0)
+            os.ftruncate(self._file, 0)
+        if self.size // _WRITE_OUT_BYTES > (self.size - len(data)) // _WRITE_OUT_BYTES:
+            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)  # not all of it at the end

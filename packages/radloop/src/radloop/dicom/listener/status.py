@@ -83,6 +83,11 @@ class Tally:
         self._last_error: LastError | None = None
         self._last_at_s: float | None = None
 
+    @property
+    def open(self) -> int:
+        """How many associations are open."""
+        return len(self._peers)
+
     def opened(self, calling_ae: str) -> Peer:
         """An association was accepted."""
         peer = Peer(calling_ae)

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from pynetdicom import AE
 from pynetdicom.association import Association
 from pynetdicom.dul import DULServiceProvider
 from pynetdicom.pdu_primitives import A_ABORT, A_P_ABORT
@@ -352,6 +353,20 @@ class UpperLayer(DULServiceProvider):
         longest = int(self.assoc.requestor.maximum_length or 0)
         self._socket().sendall(store_response(command, self._context, status, comment, longest))
         self._idle_timer.restart()
+
+
+class Entity(AE):
+    """pynetdicom's AE, which counts associations against its maximum: those that have asked and have not ended."""
+
+    @property
+    def active_associations(self) -> list[Association]:
+        """Not those whose thread is about to end, nor connections on which nobody has asked yet."""
+        return [
+            association
+            for association in super().active_associations
+            if association.requestor.primitive is not None
+            and not (association.is_rejected or association.is_released or association.is_aborted)
+        ]
 
 
 class Handler(RequestHandler):
