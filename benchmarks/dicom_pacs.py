@@ -1,9 +1,10 @@
 """Fetching from a PACS: ours into the landing zone (durable, catalogued) beside what only writes files, in one run.
 
 Method: Orthanc on loopback holds a study of CT slices of 512 x 512 (520 KB). Ours is `radloop.dicom.pacs.fetch` by C-GET, C-MOVE
-and WADO-RS into a new landing zone each time: listed, compared, retrieved, fsynced, in crosswalk and catalog. Beside it, not durable:
-dcmtk's `getscu` and `movescu` (bit preserving), and httpx that reads the same WADO-RS answer and throws it away. TCP_NODELAY on
-both sides, the same largest PDU (131072). Rounds alternate; medians of instances a second, wall clock; CPU of our process alone.
+and WADO-RS into a new landing zone each time: listed, compared, retrieved, fsynced, in crosswalk and catalog. Beside it, not
+durable: dcmtk's `getscu` and `movescu` (bit preserving), and httpx that reads the same WADO-RS answer and throws it away.
+TCP_NODELAY on both sides, the same largest PDU (131072). A first round warms up; then rounds alternate; medians of instances a
+second, wall clock; CPU of our process alone.
 
     .venvs/core/bin/python benchmarks/dicom_pacs.py --instances 200 --rounds 5
 """

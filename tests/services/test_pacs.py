@@ -12,7 +12,7 @@ from radloop.dicom.pacs.fetch import fetch
 from radloop.testing.pacs_peers import Dcmqrscp, Orthanc, OrthancWeb, free_port, has_dicomweb
 from radloop.testing.pacs_suite import QUICK, Archive, PacsSuite, Peer, landed, open_target
 
-pytestmark = pytest.mark.services
+pytestmark = [pytest.mark.services, pytest.mark.slow]
 
 
 @pytest.fixture(scope="session")
