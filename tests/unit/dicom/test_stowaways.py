@@ -17,7 +17,7 @@ from radloop.dicom.deidentify import Deidentifier
 from radloop.dicom.deidentify.stowaways import Bits, cleared, remove
 from radloop.dicom.phi import codestream_texts
 from radloop.dicom.uids import Pseudonymiser
-from radloop.testing.phi import generate
+from radloop.testing.phi.generate import generate
 
 SECRET = b"Featherstone, Ambrose"
 CLEANER = Deidentifier(Pseudonymiser(b"0123456789abcdef0123456789abcdef"))

@@ -1,12 +1,9 @@
-"""Synthetic identities, and a `plant` that puts one wherever a real hospital leaves it in an instance.
-
-Nobody here exists. The cleaner must not know these lists: it is tested against them. Used by the phantom generator
-and by tests only.
-"""
+"""Synthetic identities, and a `plant` that puts one wherever a real hospital leaves it in an instance. Nobody here exists."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -84,6 +81,53 @@ SCRIPTS: dict[str, Script] = {
 }
 
 
+MORE_SCRIPTS: dict[str, Script] = SCRIPTS | {
+    "polish": Script(
+        ("ISO_IR 101",),
+        ("Grzegżółkowska^Świętosława", "Wąsowicz-Łęcka^Żaneta", "Brzęczyszczykiewicz^Dąbrówka"),
+        ("Szczebrzeszyn", "Żywiec"),
+        ("Szpital pod Jodłami", "Przychodnia Źródlana"),
+    ),
+    "turkish": Script(
+        ("ISO_IR 148",),
+        ("Karagözoğlu^Şükriye", "Yıldırımtaş^Çağdaş"),
+        ("Kırıkkale", "Şanlıurfa"),
+        ("Gülhisar Hastanesi", "Boğazkent Tıp Merkezi"),
+    ),
+    "hebrew": Script(
+        ("ISO_IR 138",),
+        ("ירושלמסקי^אביגיל", "בן-שחרית^נתנאל"),
+        ("צפתון", "נהריתא"),
+        ("בית החולים הכרמלית", "מרפאת השקמה"),
+    ),
+    "arabic": Script(
+        ("ISO_IR 127",),
+        ("القيروانية^زبيدة", "البغداديون^حسان"),
+        ("سيدي بوسعيد", "الزرقاوية"),
+        ("مستشفى الياسمين", "عيادة النخيل"),
+    ),
+    "thai": Script(
+        ("ISO_IR 166",),
+        ("ศรีสุวรรณรัตน์^มาลัยพร", "วงศ์ประเสริฐ^ธนกฤต"),
+        ("แม่ฮ่องสอน", "อุบลราชธานี"),
+        ("โรงพยาบาลดอกบัว", "คลินิกร่มเย็น"),
+    ),
+    "kana": Script(
+        ("ISO_IR 13", "ISO 2022 IR 87"),
+        ("ﾔﾏﾓﾄﾀﾆ^ｷｸﾖ=山本谷^菊代=やまもとたに^きくよ", "ﾊﾔｼﾊﾞﾗ^ｹﾝｼﾞﾛｳ=林原^健次郎=はやしばら^けんじろう"),
+        ("ﾅｶﾞﾔﾏｼ", "ﾄﾔﾏｼ"),
+        ("ｻｸﾗｶﾞﾜﾋﾞｮｳｲﾝ", "ﾐﾄﾞﾘﾉｲｲﾝ"),
+    ),
+    "unicode": Script(
+        ("ISO_IR 192",),
+        ("Þórðardóttir^Sæunn", "Đorđevićanin^Žarko", "Nguyễn Phước^Bảo Ngọc", "Ó Dálaigh^Séafra"),
+        ("Seyðisfjörður", "Đà Lạt"),
+        ("Sjúkrahús Norðurlands", "Bệnh viện Hoa Sen"),
+    ),
+}
+"""With scripts that the phantom hospital does not draw."""
+
+
 @dataclass(frozen=True)
 class Identity:
     """One synthetic patient and the people and places around them; all values are DICOM text of `charsets`."""
@@ -129,10 +173,10 @@ class Identity:
         return (*words, self.birth_name, self.comment, self.device_serial, self.birth_date, self.spoken_name)
 
 
-def identity(seed: int) -> Identity:
+def identity(seed: int, scripts: Mapping[str, Script] = SCRIPTS) -> Identity:
     """The synthetic patient number `seed`; the same seed gives the same patient, different seeds different ids."""
     draw = random.Random(f"radloop-identity-{seed}")
-    script = SCRIPTS[draw.choice(sorted(SCRIPTS))]
+    script = scripts[draw.choice(sorted(scripts))]
     name, mother, *staff = (draw.choice(script.people) for _ in range(6))
     year, city = draw.randrange(1921, 2003), draw.choice(script.cities)
     spoken = " ".join(reversed((name.split("=")[1:2] or [name])[0].split("^")[:2]))
