@@ -452,7 +452,7 @@ class LabelRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StudyState(msgspec.Struct, frozen=True, kw_only=True):
-    """A study with instances that have come since it was last released to the pipeline.
+    """A study with instances that have come since it was last released to the pipeline, or since some moment.
 
     `revision`: how often it was released; 0, never. `new`: instances (and revisions of instances) not released yet.
     `present`: instances of it in the catalog, released or not. `expected`: what a PACS said it holds of it.
@@ -464,6 +464,8 @@ class StudyState(msgspec.Struct, frozen=True, kw_only=True):
     present: int
     last_at: str
     expected: int | None = None
+    through: int = 0
+    """Number of its newest instance: another one is another state of the study."""
 
 
 class PatientLink(msgspec.Struct, frozen=True, kw_only=True):

@@ -102,6 +102,32 @@ class Studies(Instances):
             found = [instance(row) for row in connection.execute(query).mappings()]
         return sorted(found, key=lambda row: row.sop_uid)
 
+    def received_since(self, since: str) -> list[StudyState]:
+        """Studies of which something has come since a moment (UTC, ISO 8601), whether released or not, oldest first."""
+        usable = _table.c.status.in_((Status.RECEIVED, Status.ARCHIVED))
+        query = _with_studies(
+            select(
+                _table.c.study_uid,
+                func.coalesce(func.max(_studies.c.revision), 0).label("revision"),
+                func.count().label("new"),
+                func.count(_table.c.sop_uid.distinct()).label("present"),
+                func.max(_table.c.received_at).label("last_at"),
+                func.max(_studies.c.expected).label("expected"),
+                func.max(_table.c.id).label("through"),
+            )
+        )
+        query = query.where(usable).group_by(_table.c.study_uid).having(func.max(_table.c.received_at) >= since)
+        with self._read() as connection:
+            found = [as_struct(row, StudyState) for row in connection.execute(query).mappings()]
+        return sorted(found, key=lambda study: (study.last_at, study.study_uid))
+
+    def of_study(self, study_uid: str) -> list[Instance]:
+        """The latest revisions of a study's instances that are in use, sorted by SOP instance UID."""
+        usable = _table.c.status.in_((Status.RECEIVED, Status.ARCHIVED))
+        query = select(_table).where(_table.c.study_uid == study_uid, usable).order_by(_table.c.sop_uid)
+        with self._read() as connection:
+            return [instance(row) for row in connection.execute(query).mappings()]
+
     def study_revisions(self) -> dict[str, int]:
         """Study -> revision, of those with late instances: released more than once."""
         query = select(_studies.c.study_uid, _studies.c.revision).where(_studies.c.revision > 1)

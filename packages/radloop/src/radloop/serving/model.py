@@ -17,6 +17,7 @@ from pydicom.errors import InvalidDicomError
 
 from radloop.catalog.reason import Reason
 from radloop.dicom import tags
+from radloop.dicom.results import is_result
 from radloop.dicom.uids import Pseudonymiser
 from radloop.errors import DicomError, ServingError
 from radloop.imaging import pixels, sandbox
@@ -132,7 +133,14 @@ class ServedModel:
         )
 
     def _check_declared(self, ds: pydicom.Dataset) -> None:
-        """The modality that the model card declares."""
+        """The modality that the model card declares; and never our own result."""
+        if is_result(ds):
+            raise DicomError(
+                "this is a result of radloop's own",
+                reason=Reason.UNSUPPORTED_OBJECT,
+                expected="an image of a patient",
+                got="a result that came back",
+            )
         declared, modality = self._packaged.inputs.modalities, str(ds.get("Modality") or "")
         if declared and modality not in declared:
             raise DicomError(
