@@ -149,6 +149,22 @@ def test_writers_in_threads_wait_for_each_other(home: Path) -> None:
         assert [row.seq for row in catalog.ledger.rows()] == list(range(1, 161))
 
 
+def test_two_catalogs_in_one_process_keep_their_locks(home: Path) -> None:
+    """If this failed, what a listener acknowledged would be gone: another process would remove the log it still writes to."""
+    with Catalog(_url(home)) as first:
+        first.ledger.append("audit", "first", {}, actor="test")
+        Catalog(_url(home)).close()
+        code = "import sys; from radloop.catalog.store import Catalog; Catalog(sys.argv[1]).close()"
+        subprocess.run([sys.executable, "-c", code, _url(home)], check=True, timeout=60)
+        assert (home / "catalog.db-wal").exists(), "the other process took itself for the last one"
+        first.ledger.append("audit", "second", {}, actor="test")
+        seen = "import sys; from radloop.catalog.store import Catalog; print(len(Catalog(sys.argv[1]).ledger.rows()))"
+        done = subprocess.run(
+            [sys.executable, "-c", seen, _url(home)], check=True, timeout=60, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == "2"
+
+
 def test_a_catalog_in_memory_is_refused() -> None:
     """If this failed, a mistyped URL would keep a hospital's index in memory, and lose it."""
     with pytest.raises(SettingsError, match="needs a file"):

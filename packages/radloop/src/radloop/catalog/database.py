@@ -11,7 +11,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,6 +61,18 @@ def _full(where: str) -> StorageFull:
     )
 
 
+def create_private(path: Path) -> None:
+    """Make an empty file of mode 0600 for a database, where there is none.
+
+    One that is there is never opened: closing any handle of a file drops all of this process's POSIX locks on it, those of SQLite
+    connections that are open elsewhere in the process too. Another process would then take itself for the last one, and remove
+    the log that these connections go on writing to: commits that were acknowledged would be gone.
+    """
+    if not path.exists():
+        with suppress(FileExistsError):  # another process was quicker
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+
+
 class Database:
     """One catalog database. Threads share it; a forked child is given connections of its own.
 
@@ -99,7 +111,7 @@ class Database:
             )
         path = Path(str(self._url.database))
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+        create_private(path)
         engine = create_engine(self._url, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000, "check_same_thread": False})
         event.listen(engine, "connect", _set_pragmas)
         event.listen(engine, "begin", _begin)

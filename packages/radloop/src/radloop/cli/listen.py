@@ -41,7 +41,7 @@ def listen_until_stopped(
         EngineError: a port is busy.
     """
     from radloop.catalog.audit import record
-    from radloop.cli.common import actor, catalog_at
+    from radloop.cli.common import actor
     from radloop.cli.foreground import announced, ending_with
     from radloop.cli.intake import landing_at
 
@@ -54,7 +54,8 @@ def listen_until_stopped(
         )
     stop, who = threading.Event(), actor()
     tls = tls_of(project, settings)
-    with landing_at(project) as landing, catalog_at(project) as catalog, ending_with(stop.set), ExitStack() as stack:
+    with landing_at(project) as landing, ending_with(stop.set), ExitStack() as stack:
+        catalog = landing.catalog
         listener = _listener(landing, settings, port, tls)
         bound = listener.start()
         record(catalog.ledger, "listen start", "listen", actor=who, detail={"port": bound})

@@ -21,7 +21,7 @@ from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from radloop.catalog.database import BUSY_TIMEOUT_MS, storage_errors
+from radloop.catalog.database import BUSY_TIMEOUT_MS, create_private, storage_errors
 from radloop.catalog.ledger import Kind, Ledger
 from radloop.errors import SettingsError
 
@@ -91,7 +91,7 @@ class Crosswalk:
         # Entries that are surely kept: a study's instances share all but one. Newest last, by kind and pseudonym.
         self._remembered: dict[tuple[str, str], None] = {}
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.close(os.open(self._path, os.O_CREAT | os.O_WRONLY, 0o600))
+        create_private(self._path)
         try:
             with storage_errors("crosswalk"), self._lock:
                 self._check_key()

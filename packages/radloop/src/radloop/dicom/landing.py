@@ -121,6 +121,11 @@ class Landing:
         self._patient = lru_cache(_REMEMBERED)(pseudonymiser.patient)
         self._accession = lru_cache(_REMEMBERED)(pseudonymiser.accession)
 
+    @property
+    def catalog(self) -> Catalog:
+        """Where instances are registered."""
+        return self._catalog
+
     # Receiving
 
     def receive(self, data: bytes | Path, *, site: str, sender: str, relative_path: str | None = None) -> Outcome:

@@ -46,6 +46,7 @@ def ingest(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from radloop.stages.completeness import release_complete
     from radloop.stages.project import open_catalog, open_landing
 
     with open_catalog(home) as catalog:
@@ -57,7 +58,7 @@ def ingest(
             _fetch(home, landing, catalog, source)
         if (batch := catalog.seal_ingest(actor="ingest")) is not None:
             log(f"new since the last run: {batch}")
-        waits = _release_complete(home, catalog)
+        waits = release_complete(home, landing, catalog)
         current = [*catalog.ready(), *catalog.archived()]
         if not current:
             _nothing_yet(waits)
@@ -108,28 +109,6 @@ def _fetch(home: Path, landing: Landing, catalog: Catalog, source: dict[str, Any
         target = fetch_target(home, told.name, landing, catalog)
         report = fetch_new(pacs, query, target, overlap_days=told.overlap_days, actor="ingest", progress=progress)
     log(f"{told.name}: {report.summary}")
-
-
-def _release_complete(home: Path, catalog: Catalog) -> str:
-    """Give the pipeline what is complete; what to say of studies that are not, or nothing."""
-    from radloop.catalog.studies import complete, seconds_left
-    from radloop.stages.project import settings_of
-
-    quiet_s = settings_of(home).ingest.quiet_s
-    found = catalog.unreleased()
-    done = complete(found, quiet_s)
-    released = catalog.release([study.study_uid for study in done], actor="ingest")
-    again = sum(revision > 1 for revision in released.values())
-    if again:
-        log(f"late instances: {again} studies have a new revision")
-    waiting = [study for study in found if study.study_uid not in released]
-    if not waiting:
-        return ""
-    left, images = seconds_left(waiting, quiet_s), sum(study.new for study in waiting)
-    return (
-        f"{len(waiting)} studies ({images} images) are still arriving: a study counts as complete when nothing of it has come for"
-        f" {quiet_s:g} s ([ingest] quiet_s), the last of these in {left:.0f} s"
-    )
 
 
 def _nothing_yet(waits: str) -> NoReturn:
