@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import random
@@ -27,9 +28,10 @@ from pydicom.uid import (
 )
 
 from radloop.catalog.reason import Reason
-from radloop.dicom.deidentify import Deidentifier, read
+from radloop.dicom.deidentify import TRANSFER_SYNTAXES, Deidentifier, read
 from radloop.dicom.phi import find_leaks
-from radloop.dicom.uids import Pseudonymiser
+from radloop.dicom.profile import chosen, storage_classes
+from radloop.dicom.uids import Pseudonymiser, is_placeholder
 from radloop.errors import DicomError, PhiError, RadloopError
 from radloop.testing.phi import SCRIPTS, Identity, identity, plant
 
@@ -509,36 +511,77 @@ def test_garbage_is_cleaned_or_refused_but_never_crashes(seed: int) -> None:
 # ---- every real file at hand
 
 
-def clean_all(files: list[Path], target: Path) -> Counter[str]:
-    """Each file is cleaned with an empty leak list, or refused with a reason."""
-    outcomes: Counter[str] = Counter()
-    for file in files:
-        for cleaner in (RESEARCH, BASIC):
-            try:
-                cleaner.clean_file(file, target, site="A")
-                outcomes["cleaned"] += 1
-            except DicomError as error:
-                outcomes[Reason(error.reason)] += 1
+EVERYTHING = Deidentifier(NAMES, profile=chosen("research", ["113103", "113104", "113105"]))
+
+
+def outcomes_of(file: Path, target: Path) -> dict[str, str]:
+    """What each profile makes of a file: `cleaned`, with an empty leak list, or the reason it is refused."""
+    outcomes: dict[str, str] = {}
+    for name, cleaner in (("research", RESEARCH), ("basic", BASIC), ("cleaning", EVERYTHING)):
+        try:
+            cleaner.clean_file(file, target, site="A")
+            outcomes[name] = "cleaned"
+        except DicomError as error:
+            outcomes[name] = str(Reason(error.reason))
     return outcomes
 
 
+def allowed(file: Path) -> set[str]:
+    """What may become of a file by what an ordinary reader says of it; the gate's refusal is always in its right."""
+    try:
+        ds = pydicom.dcmread(file)
+        patient, ids = str(ds.get("PatientID") or ""), [ds.get(k) for k in ("SOPClassUID", "StudyInstanceUID")]
+        declared = str(ds.get("BurnedInAnnotation") or "NO")
+    except Exception:
+        return {"NOT_DICOM", "TRUNCATED"}
+    if not all(ids):
+        return {"MISSING_UID", "UNKNOWN_TRANSFER_SYNTAX"}
+    if str(ds.file_meta.get("TransferSyntaxUID")) not in TRANSFER_SYNTAXES:
+        return {"UNKNOWN_TRANSFER_SYNTAX"}
+    kind = storage_classes().get(str(ds.SOPClassUID), ("", ""))[1]
+    if not kind or declared.upper() != "NO":
+        return {"UNSUPPORTED_OBJECT", "BURNED_IN_DECLARED"}
+    if is_placeholder(patient):
+        return {"NO_PATIENT_ID"} | ({"UNSUPPORTED_OBJECT"} if kind == "structured" else set())
+    if kind == "structured":
+        return {"cleaned", "UNSUPPORTED_OBJECT", "PHI_FOUND"}
+    return {"cleaned", "PHI_FOUND"} | ({"TRUNCATED"} if "truncated" in file.name else set())
+
+
+def check_all(files: list[Path], target: Path) -> Counter[str]:
+    counted: Counter[str] = Counter()
+    for file in files:
+        outcomes = outcomes_of(file, target)
+        assert set(outcomes.values()) <= allowed(file), (file.name, outcomes)
+        assert outcomes["cleaning"] != "UNSUPPORTED_OBJECT" or "UNSUPPORTED_OBJECT" in allowed(file)
+        counted.update(outcomes.values())
+    return counted
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore::UserWarning:pydicom")  # what pydicom finds odd in odd files
 def test_pydicoms_own_files(tmp_path: Path) -> None:
     """Two hundred odd files of odd vendors: none may crash the cleaner, most must come through."""
     files = [Path(f) for f in sorted(get_testdata_files("*.dcm"))]
-    outcomes = clean_all(files, tmp_path / "out.dcm")
-    assert outcomes["cleaned"] > len(files)
-    assert outcomes[Reason.PHI_FOUND] == 0
+    counted = check_all(files, tmp_path / "out.dcm")
+    assert counted["cleaned"] > 1.8 * len(files)
 
 
 @pytest.mark.data
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
 def test_real_files(test_data: Path, tmp_path: Path) -> None:
-    """CT, MR, enhanced, segmentations, slides, structured reports of many makers."""
-    files = sorted(test_data.rglob("*.dcm"))
-    outcomes = clean_all(files, tmp_path / "out.dcm")
-    assert sum(outcomes.values()) == 2 * len(files)
-    assert outcomes["cleaned"] > len(files)
-    assert outcomes[Reason.UNSUPPORTED_OBJECT] < 60
+    """CT, MR, enhanced, segmentations, slides, reports of many makers: as EXPECTED_DICOM.csv says, or better."""
+    with (test_data / "EXPECTED_DICOM.csv").open(encoding="utf-8", newline="") as file:
+        rows = {f"{row['name']}/{row['file']}": row for row in csv.DictReader(file)}
+    files = [
+        f for f in sorted(test_data.rglob("*")) if f.suffix == ".dcm" or f.relative_to(test_data).as_posix() in rows
+    ]
+    counted = check_all(files, tmp_path / "out.dcm")
+    assert sum(counted.values()) == 3 * len(files)
+    assert counted["cleaned"] > 1.4 * len(files)
+    readable = sum(row["dicm"] == "1" and row["read"] == "ok" for row in rows.values())
+    assert len(files) >= readable > 250
+    assert counted["NOT_DICOM"] <= 3 * (len(files) - readable)

@@ -22,7 +22,9 @@ from radloop.dicom.deidentify import Deidentifier, read
 from radloop.dicom.deidentify.descriptors import cleaned
 from radloop.dicom.profile import CODE_TEXT, KEPT_TEXT, OPTIONS, TEXT_VRS, chosen
 from radloop.dicom.uids import Pseudonymiser
-from radloop.errors import DicomError, PhiError
+from radloop.errors import DicomError, PhiError, SettingsError
+from radloop.settings import Deidentify, Settings
+from radloop.stages.project import check, loop_profile
 
 NAMES = Pseudonymiser(bytes(range(32)))
 
@@ -115,6 +117,17 @@ def test_full_dates(tmp_path: Path) -> None:
     ds.StudyDate, ds.StudyTime = "last week!", "noon, Mina"
     out = cleaner("retain-full-dates").clean(ds, site="A")
     assert not out.get("StudyDate") and not out.get("StudyTime")
+
+
+@pytest.mark.parametrize(
+    ("before", "options", "after"),
+    [("MODIFIED", ["113106"], "MODIFIED"), ("REMOVED", ["113107"], "REMOVED"), ("UNMODIFIED", ["113107"], "MODIFIED")],
+)
+def test_what_was_done_to_dates_before_is_not_denied(before: str, options: list[str], after: str) -> None:
+    """Dates that another project moved do not become true by being kept."""
+    ds = image()
+    ds.LongitudinalTemporalInformationModified = before
+    assert cleaner(*options).clean(ds, site="A").LongitudinalTemporalInformationModified == after
 
 
 def test_uids_stay(tmp_path: Path) -> None:
@@ -310,3 +323,15 @@ def test_no_text_gets_through_nested_items(options: list[str], ds: Dataset) -> N
     assert [secret for secret in gone if secret.encode() in data] == []
     again = Deidentifier(Pseudonymiser(b"another key, 32 bytes or longer!"), profile=which.profile)
     assert list(again.clean(read(data), site="A").keys()) == list(read(data).keys())
+
+
+# ---- in a project
+
+
+def test_the_loop_refuses_what_its_archive_cannot_hold() -> None:
+    """Archive and catalog are keyed by pseudonymous UIDs: with original ones a re-sent image would overwrite another's."""
+    assert loop_profile("research", ["113105"]).options[0] == "clean-descriptors"
+    with pytest.raises(SettingsError, match="cannot keep original UIDs"):
+        loop_profile("basic", ["retain-uids"])
+    with pytest.raises(SettingsError, match="unknown de-identification option"):
+        check(Settings(deidentify=Deidentify(options=("clean-everything",))))

@@ -43,6 +43,10 @@ from radloop.errors import PhiError
 __all__ = ["DUMMY_TEXT", "TRANSFER_SYNTAXES", "CleanedFile", "Deidentifier", "read"]
 
 
+# What was done to dates before does not get undone: UNMODIFIED, MODIFIED, REMOVED, in the order of what is lost.
+_TEMPORAL = ("UNMODIFIED", "MODIFIED", "REMOVED")
+
+
 class CleanedFile(msgspec.Struct, frozen=True):
     """What `Deidentifier.clean_file` wrote; every identifier is a pseudonym."""
 
@@ -209,7 +213,9 @@ class Deidentifier:
         out.DeidentificationMethod = [f"radloop {self.profile.name}", f"key {self.pseudonymiser.key_id}"]
         codes = list(out.get("DeidentificationMethodCodeSequence") or [])
         out.DeidentificationMethodCodeSequence = Sequence(codes + [_code(*code) for code in self.profile.codes])
-        out.LongitudinalTemporalInformationModified = self.profile.temporal
+        before = text_of(original, "LongitudinalTemporalInformationModified")
+        lost = [_TEMPORAL.index(said) for said in (before, self.profile.temporal) if said in _TEMPORAL]
+        out.LongitudinalTemporalInformationModified = _TEMPORAL[max(lost)]
         if any(not text.isascii() for text in texts_of(out)):
             out.SpecificCharacterSet = "ISO_IR 192"
 
