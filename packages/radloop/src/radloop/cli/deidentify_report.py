@@ -86,9 +86,14 @@ def _refused(summary: Summary) -> list[dict[str, Any]]:
 
 def _left(summary: Summary, profile: str, shifts: bool, keeps: bool) -> list[str]:
     """What the reader must still see to."""
+    from radloop.dicom.batch import NOT_LOOKED_AT
+
+    unseen = summary.pixels[NOT_LOOKED_AT]
     said = [
-        "Look at a sample of the images. Text in the pixels is handled as the section Pixels says; faces in head CT and "
-        "MR are not removed.",
+        f"Look for text in the pixels of {output.plural(unseen, 'file')}: radloop did not."
+        if unseen
+        else "Look at a sample of the images: what was done about text in the pixels is under Pixels.",
+        "Faces in head CT and MR are not removed.",
         "Keep the key apart from the images. Who has both can test whether a known patient is among them, and undo "
         "date shifts.",
     ]

@@ -28,6 +28,7 @@ from radloop.errors import DataError, EngineError
 __all__ = ["Files", "Recipe", "Summary", "clean_folder", "files_of"]
 
 STATE = ".radloop"
+NOT_LOOKED_AT = "copied, not looked at"
 CHUNK = 16
 """Files that a worker takes at once."""
 Progress = Callable[[int, int], None]
@@ -248,7 +249,7 @@ class _Run:
         name = task.known.tally if done.outcome == "kept" and task.known else self.journal.pattern(done.tally)
         if outcome != "same":
             self.patterns[name] += 1
-            summary.pixels[done.pixels or "copied"] += 1
+            summary.pixels[done.pixels or NOT_LOOKED_AT] += 1
             patient, study, series, _ = done.file.split("/")
             summary.patients.add(patient)
             summary.studies.add(study)

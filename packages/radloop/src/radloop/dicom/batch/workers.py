@@ -56,7 +56,10 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of it: cleaned, kept (an earlier run's is there), refused, full (no space left)."""
+    """What became of it: cleaned, kept (an earlier run's is there), refused, full (no space left).
+
+    `pixels`: what `CleanedFile` says was decided about text in them; empty if nobody looked.
+    """
 
     outcome: str
     file: str = ""
@@ -157,6 +160,7 @@ def _one(task: Task, deidentifier: Deidentifier, site: str) -> Done:
         outcome="cleaned",
         file=f"{cleaned.patient}/{cleaned.study_uid}/{cleaned.series_uid}/{cleaned.sop_uid}.dcm",
         sha256=cleaned.file_sha256,
+        pixels=getattr(cleaned, "pixels", ""),
         tally=tuple(sorted((path, action, count) for (path, action), count in tally.items())),
     )
 
