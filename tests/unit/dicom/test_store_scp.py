@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import shutil
 import socket
 import ssl
 import struct
@@ -550,6 +551,47 @@ def test_a_disk_that_is_full_within_a_large_object_is_a700(home: Path) -> None:
     landing = open_landing(home)
     assert [row.sop_class_uid for row in rows(landing)] == [CR]
     assert len(list(landing.landing.glob("??/*"))) == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Return a file system of 6 MB, where this user may mount one."""
+    where = tmp_path / "small"
+    where.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m,mode=0700", "tmpfs", str(where)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a small file system; the file size limit above tests the same code")
+    try:
+        yield where
+    finally:
+        subprocess.run(["umount", "-l", str(where)], check=True)
+
+
+def test_a_full_disk_is_a700_and_there_is_room_again(small_disk: Path) -> None:
+    """If this failed, a full disk would lose what was acknowledged, or the listener need a restart."""
+    landing = open_landing(small_disk / "home")
+    statuses = []
+    with (
+        Listener(landing, ae_title="RADLOOP", sites=SITES) as listener,
+        Sender(listener.port, [(CR, ExplicitVRLittleEndian)]) as peer,
+    ):
+        for number in range(60):
+            big = image(number, Rows=256, Columns=256, PixelData=np.full(1 << 16, number, np.uint16).tobytes())
+            statuses.append(peer.store(CR, f"1.2.3.{number}", cut(encoded(big), 1 << 14)))
+        assert set(statuses) == {0, OUT_OF_RESOURCES}
+        stored = {f"1.2.3.{number}" for number, status in enumerate(statuses) if status == 0}
+        kept = {row.sop_uid: row for row in rows(landing)}
+        assert {Pseudonymiser(KEY).uid(uid) for uid in stored} <= set(kept)
+        for row in kept.values():
+            assert identity(landing.landed(row.source_sha256).read_bytes()) == row.source_sha256
+        error = listener.status().last_error
+        assert error is not None
+        assert error.what == "no space left"
+        for path in sorted(landing.landing.glob("??/*.dcm"))[:6]:
+            path.unlink()  # room again
+        assert peer.store(CR, "1.2.3.99", cut(encoded(image(99)))) == 0
+    landing._catalog.close()
+    landing._crosswalk.close()
 
 
 # TLS

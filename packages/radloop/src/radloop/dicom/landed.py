@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,23 +115,31 @@ def _meta(data: Buffer) -> _Meta | None:
 
 def header(*, sop_class_uid: str, sop_uid: str, transfer_syntax_uid: str, sender: str, site: str) -> bytes:
     """Preamble and group 0002 (PS3.10 section 7.1) of an instance that is arriving, its seal still open (zeros)."""
+    elements = (
+        _of_class(sop_class_uid) + _short(0x0003, b"UI", sop_uid, b"\0") + _of_sender(transfer_syntax_uid, sender, site)
+    )
+    return bytes(128) + b"DICM" + _SHORT_ELEMENT.pack(2, 0, b"UL", 4) + struct.pack("<I", len(elements)) + elements
+
+
+@lru_cache(256)
+def _of_class(sop_class_uid: str) -> bytes:
+    return _LONG_ELEMENT.pack(2, 0x0001, b"OB", 0, 2) + b"\0\1" + _short(0x0002, b"UI", sop_class_uid, b"\0")
+
+
+@lru_cache(256)
+def _of_sender(transfer_syntax_uid: str, sender: str, site: str) -> bytes:
     private = bytes(_SEAL_BYTES) + site.encode()
-    elements = b"".join(
+    private += b"\0" * (len(private) % 2)
+    return b"".join(
         (
-            _LONG_ELEMENT.pack(2, 0x0001, b"OB", 0, 2) + b"\0\1",
-            _short(0x0002, b"UI", sop_class_uid, b"\0"),
-            _short(0x0003, b"UI", sop_uid, b"\0"),
             _short(0x0010, b"UI", transfer_syntax_uid, b"\0"),
             _short(0x0012, b"UI", IMPLEMENTATION_CLASS_UID, b"\0"),
             _short(0x0013, b"SH", _VERSION_NAME, b" "),
             _short(0x0016, b"AE", sender, b" "),
             _short(0x0100, b"UI", IMPLEMENTATION_CLASS_UID, b"\0"),
-            _LONG_ELEMENT.pack(2, 0x0102, b"OB", 0, len(private) + len(private) % 2)
-            + private
-            + b"\0" * (len(private) % 2),
+            _LONG_ELEMENT.pack(2, 0x0102, b"OB", 0, len(private)) + private,
         )
     )
-    return bytes(128) + b"DICM" + _SHORT_ELEMENT.pack(2, 0, b"UL", 4) + struct.pack("<I", len(elements)) + elements
 
 
 def seal_at(head: bytes, site: str) -> slice:

@@ -79,7 +79,7 @@ class Hold:
 class Incoming:
     """Give it room to receive into (`room`), say how much was received (`took`), then `complete` and `close` it.
 
-    Where the disk is full, it takes and drops the rest of the message: the peer gets its answer when all of it has come.
+    Where the disk is full or fails, it takes and drops the rest of the message: the peer gets its answer when all of it has come.
 
     Args:
         parallel: hash in a thread aside; worth it where a core would else be idle.
@@ -97,7 +97,7 @@ class Incoming:
         parallel: bool,
     ) -> None:
         self.command, self.sender, self.site = command, sender, site
-        self.full: StorageFull | None = None
+        self.failure: Exception | None = None
         self.size = 0
         """Bytes of the data set so far."""
         self.aside = hold.aside if parallel else None
@@ -117,10 +117,9 @@ class Incoming:
         self._map: mmap.mmap | None = None
         self._file: int | None = None
         try:
-            with storage_errors("landing"):
-                self._file = landed.nameless(landing.landing)
-        except StorageFull as error:
-            self.full = error
+            self._file = landed.nameless(landing.landing)
+        except OSError as error:
+            self.failure = _told(error)
         self._write(self._view[: self._at])
 
     def room(self, wanted: int) -> memoryview:
@@ -136,7 +135,7 @@ class Incoming:
         """So many bytes were written into `room`."""
         new = self._view[self._at : self._at + count]
         self.size += count
-        if self.full is not None:
+        if self.failure is not None:
             return
         if self._held and self.aside is not None:
             self.aside(self._digest.update, new)
@@ -151,11 +150,13 @@ class Incoming:
 
         Raises:
             StorageFull: there was no room for it.
+            OSError: the disk failed.
         """
         if self.aside is not None:
             self.aside.wait()
-        if self.full is not None or self._file is None:
-            raise self.full or StorageFull("no space left to write the landing")
+        if self.failure is not None:
+            raise self.failure
+        assert self._file is not None
         sha256 = self._digest.hexdigest()
         where, stamp = landed.seal_at(self._head, self.site), self._landing.stamp(sha256, self.site, self.sender)
         with storage_errors("landing"):
@@ -204,13 +205,21 @@ class Incoming:
     def _write(self, data: memoryview) -> None:
         if self._file is None:
             return
+        left = data
         try:
-            with storage_errors("landing"):
-                left = data
-                while left:
-                    left = left[os.write(self._file, left) :]
-        except StorageFull as error:
-            self.full = error
+            while left:
+                left = left[os.write(self._file, left) :]
+        except OSError as error:
+            self.failure = _told(error)
             os.ftruncate(self._file, 0)
         if self.size // _WRITE_OUT_BYTES > (self.size - len(data)) // _WRITE_OUT_BYTES:
             os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)  # not all of it at the end
+
+
+def _told(error: OSError) -> Exception:
+    """`StorageFull` where it says that there is no space left; what is something else stays what it is."""
+    try:
+        with storage_errors("landing"):
+            raise error
+    except (StorageFull, OSError) as told:
+        return told

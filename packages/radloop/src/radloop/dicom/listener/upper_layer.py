@@ -106,6 +106,7 @@ class UpperLayer(DULServiceProvider):
         self._connection = self._socket()
         self._service: Service | None = None
         self._command, self._context = bytearray(), 0
+        self._syntaxes: dict[int, str] = {}
         self._announced: Command | None = None
         self._incoming: Incoming | None = None
         self._foreign = False
@@ -191,7 +192,7 @@ class UpperLayer(DULServiceProvider):
             self._parking.clear()
         head = bytearray(6)
         view = memoryview(head)
-        while self.to_provider_queue.empty() and not self._kill_thread:
+        while not self.to_provider_queue.queue and not self._kill_thread:
             if not self._readable():
                 if self._idle_timer.expired:
                     self._parking.set()  # the association's thread looks at the timer, and aborts
@@ -300,13 +301,17 @@ class UpperLayer(DULServiceProvider):
             self._decode(bytearray(fragment(context_id, COMMAND | LAST, content)))
             return True
         assert self._service is not None
-        syntax = str(self.assoc._accepted_cx[context_id].transfer_syntax[0])
-        self._incoming = self._service.begin(command, syntax) if command.has_data_set else None
+        self._incoming = self._service.begin(command, self._syntax(context_id)) if command.has_data_set else None
         if command.has_data_set:
             self._announced = command
         else:
             self._answer(command)
         return False
+
+    def _syntax(self, context_id: int) -> str:
+        if context_id not in self._syntaxes:
+            self._syntaxes[context_id] = str(self.assoc._accepted_cx[context_id].transfer_syntax[0])
+        return self._syntaxes[context_id]
 
     def _take_data(self, size: int, context_id: int, control: int) -> bool:
         if self._announced is None or context_id != self._context:
