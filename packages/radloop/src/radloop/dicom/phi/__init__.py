@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping, Set
 from pydicom.dataset import Dataset
 
 from radloop.dicom.phi.codestream import codestream_texts, pixel_texts
-from radloop.dicom.phi.elements import Seen, keyword, seen, seen_in, tag_text
+from radloop.dicom.phi.elements import Reader, Seen, keyword, seen, tag_text
 from radloop.dicom.phi.needles import DullBefore, Original
 from radloop.dicom.phi.search import DullAfter, Search
 from radloop.dicom.phi.words import decodings, fold
@@ -33,11 +33,10 @@ from radloop.dicom.spans import Buffer, NotPlain, meta_end
 
 __all__ = [
     "Seen", "codestream_texts", "find_leaks", "find_leaks_among", "find_leaks_in_files", "fold", "pixel_texts", "seen",
-    "seen_in",
 ]  # fmt: skip
 
 _META = 144  # where file meta information begins: preamble, DICM, group length (PS3.10 section 7.1)
-_DULL_BEFORE, _DULL_AFTER = DullBefore(), DullAfter()
+_before, _after = Reader(DullBefore()), Reader(DullAfter())
 
 
 def find_leaks(
@@ -74,7 +73,7 @@ def find_leaks_among(
     """`find_leaks` on elements that somebody has read already: every one of each data set, sequences as their items'.
 
     Args:
-        original, output: as `seen` and `seen_in` give them; the output's with its file meta information (a data set of
+        original, output: as `seen` and `Reader.read` give them; the output's with its file meta information (a data set of
             its own, always explicit VR little endian); pixel data need not be among them.
         file_name, kept_keywords, options: as in `find_leaks`.
         texts: further texts by the name they are reported under, such as those of `pixel_texts`.
@@ -112,9 +111,8 @@ def find_leaks_in_files(
     start, begin = meta_end(original), meta_end(output)
     if not start or not begin:
         raise NotPlain
-    before = seen_in(original, start, len(original), implicit=implicit, dull=_DULL_BEFORE)
-    after = seen_in(output, begin, len(output), implicit=implicit, dull=_DULL_AFTER)
-    after += seen_in(output, _META, begin, dull=_DULL_AFTER)
+    before = _before.read(original, start, len(original), implicit=implicit)
+    after = _after.read(output, begin, len(output), implicit=implicit) + _after.read(output, _META, begin)
     preamble = bytes(output[:128])
     more = dict(texts or {}) | ({"preamble": _stray(preamble)} if any(preamble) else {})
     return find_leaks_among(

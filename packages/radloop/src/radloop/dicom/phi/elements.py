@@ -9,21 +9,17 @@ from typing import Any
 from pydicom._dicom_dict import DicomDictionary
 from pydicom.dataset import Dataset
 
+from radloop.dicom.layout import Layouts
 from radloop.dicom.phi.words import Charset, text_values
 from radloop.dicom.profile import NUMBER_VRS, TEXT_VRS
-from radloop.dicom.spans import PIXEL_DATA, Buffer, NotPlain, items, scan
+from radloop.dicom.spans import PIXEL_DATA, Buffer, NotPlain, Span, items, scan
 
 Seen = tuple[str, int, str, bytes | tuple[str, ...], Charset]
 """One element that is no sequence: path of its item (empty, or `KeywordSequence[0].`), tag, VR, value, character set.
 The value as its bytes stand in the file, or as texts where somebody has decoded it."""
 
 
-class _NoneDull(dict[tuple[int, str], bool]):
-    def __missing__(self, key: tuple[int, str]) -> bool:
-        return False
-
-
-_NONE_DULL = _NoneDull()
+_MAX_KNOWN, _MOST_KNOWN = 1 << 13, 1 << 11  # bytes of a sequence, sequences
 
 
 def seen(ds: Dataset, path: str = "", charset: Charset = ()) -> Iterator[Seen]:
@@ -49,48 +45,67 @@ def seen(ds: Dataset, path: str = "", charset: Charset = ()) -> Iterator[Seen]:
             yield from seen(item, f"{here}[{number}].", charset)
 
 
-def seen_in(
-    data: Buffer,
-    start: int,
-    end: int,
-    *,
-    implicit: bool = False,
-    path: str = "",
-    charset: Charset = (),
-    dull: Mapping[tuple[int, str], bool] = _NONE_DULL,
-) -> list[Seen]:
-    """As `seen`, from the bytes of a plain data set or item; pixel data is left out.
+class Reader:
+    """Reads elements from the bytes of plain data sets. Safe for several threads.
+
+    What one scanner writes is laid out alike, and its sequences hold the same: both are remembered.
 
     Args:
-        data: the file's bytes, or its first bytes up to PixelData; start, end: of the data set, as for `spans.scan`.
-        implicit: of the transfer syntax; path, charset: of the item that it is.
-        dull: by tag and VR, whether elements are left out.
-
-    Raises:
-        NotPlain, NeedMore: as `spans.scan`.
+        dull: by tag and VR, whether an element is left out; None: none is.
     """
-    found: list[Seen] = []
-    for tag, written, _, value, following in scan(data, start, end, implicit=implicit, last=PIXEL_DATA - 3):
-        vr = written if len(written) == 2 and written != "UN" else _vr(written, tag)
-        if dull[tag, vr]:
-            continue
-        if vr == "SQ":
-            if written == "UN":
-                raise NotPlain  # a sequence in disguise; pydicom knows how to read it
-            if tag >> 16 & 1:
-                found.append((path, tag, vr, (), charset))
-            here = path + (keyword(tag) or tag_text(tag))
-            for number, (first, last) in enumerate(items(data, value, following, implicit=implicit)):
-                inner = f"{here}[{number}]."
-                found += seen_in(data, first, last, implicit=implicit, path=inner, charset=charset, dull=dull)
-            continue
-        held = data[value:following]
-        if held.__class__ is not bytes:
-            held = bytes(held)
-        if tag == 0x00080005:
-            charset = _split_charset(held)
-        found.append((path, tag, vr, held, charset))
-    return found
+
+    def __init__(self, dull: Mapping[tuple[int, str], bool] | None = None) -> None:
+        self._dull = dull
+        self._layouts = Layouts(self._wanted, last=PIXEL_DATA - 3)
+        self._sequences: dict[tuple[bytes, str, Charset, bool], list[Seen]] = {}
+
+    def _wanted(self, tag: int, written: str) -> bool:
+        return self._dull is None or not self._dull[tag, _vr(written, tag)]
+
+    def read(self, data: Buffer, start: int, end: int, *, implicit: bool = False) -> list[Seen]:
+        """As `seen`; what stands from PixelData on is left out.
+
+        Args:
+            data: the file's bytes, or its first bytes up to PixelData; start, end: of the data set, as for `spans.scan`.
+            implicit: of the transfer syntax.
+
+        Raises:
+            NotPlain, NeedMore: as `spans.scan`.
+        """
+        return self._seen(data, self._layouts.find(data, start, end, implicit=implicit)[0], "", (), implicit)
+
+    def _seen(self, data: Buffer, elements: list[Span], path: str, charset: Charset, implicit: bool) -> list[Seen]:
+        found: list[Seen] = []
+        for tag, written, _, value, following in elements:
+            vr = written if len(written) == 2 and written != "UN" else _vr(written, tag)
+            held = data[value:following]
+            if held.__class__ is not bytes:
+                held = bytes(held)
+            if vr == "SQ":
+                if written == "UN":
+                    raise NotPlain  # a sequence in disguise; pydicom knows how to read it
+                if tag >> 16 & 1:
+                    found.append((path, tag, vr, (), charset))
+                found += self._sequence(held, path + (keyword(tag) or tag_text(tag)), charset, implicit)
+                continue
+            if tag == 0x00080005:
+                charset = _split_charset(held)
+            found.append((path, tag, vr, held, charset))
+        return found
+
+    def _sequence(self, value: bytes, path: str, charset: Charset, implicit: bool) -> list[Seen]:
+        key = (value, path, charset, implicit)
+        found = self._sequences.get(key)
+        if found is None:
+            found = []
+            for number, (first, last) in enumerate(items(value, 0, len(value), implicit=implicit)):
+                elements = [e for e in scan(value, first, last, implicit=implicit) if self._wanted(e[0], e[1])]
+                found += self._seen(value, elements, f"{path}[{number}].", charset, implicit)
+            if len(value) <= _MAX_KNOWN:
+                if len(self._sequences) >= _MOST_KNOWN:
+                    self._sequences.clear()
+                self._sequences[key] = found
+        return found
 
 
 def _charset(ds: Dataset, inherited: Charset) -> Charset:

@@ -167,7 +167,7 @@ class Original:
         return any(fold(v) in own for v in values)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _needles(kept: frozenset[str], key: tuple[tuple[int, str, Any, Charset], ...]) -> Needles:
     """The needles of all instances whose names, texts and dates are these."""
     needles = Needles()

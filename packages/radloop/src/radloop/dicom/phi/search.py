@@ -35,7 +35,7 @@ _PRINTABLE = re.compile(rb"[\x20-\x7e]{6,}")
 _MIN_NUMBER = 7
 _MAX_BULK = 1 << 20
 _MAX_KNOWN = 4096
-_MAX_VERDICTS = 50_000
+_MAX_VERDICTS = 2_000
 
 # A patient called Philips, scanned on a Philips: within a device's maker and model these words say nothing.
 _MAKERS = frozenset(

@@ -90,13 +90,16 @@ def is_plain(value: bytes) -> bool:
     return value.isascii() and b"\x1b" not in value
 
 
-@lru_cache(maxsize=16384)
 def text_values(value: bytes, vr: str, charset: Charset) -> tuple[str, ...]:
     """The values of an element of a text VR; where the bytes are not what the character set says, all readings.
 
     Args:
         value: as it stands in the file; vr: its VR; charset: that of its item.
     """
+    return (_known_values if len(value) <= _MAX_KNOWN else _text_values)(value, vr, charset)
+
+
+def _text_values(value: bytes, vr: str, charset: Charset) -> tuple[str, ...]:
     if is_plain(value):
         text = value.decode("ascii")
     else:
@@ -106,6 +109,10 @@ def text_values(value: bytes, vr: str, charset: Charset) -> tuple[str, ...]:
             return tuple(decodings(value))
     parts = [text] if vr in _UNSTRUCTURED else text.split("\\")
     return tuple(part.strip(" \0") for part in parts)
+
+
+_MAX_KNOWN = 1 << 12
+_known_values = lru_cache(maxsize=8192)(_text_values)
 
 
 @lru_cache(maxsize=256)
