@@ -27,6 +27,8 @@ class Reason(StrEnum):
     SATURATED_IMAGE = "SATURATED_IMAGE"
     PHI_FOUND = "PHI_FOUND"
     BURNED_IN_DECLARED = "BURNED_IN_DECLARED"
+    BURNED_IN_TEXT = "BURNED_IN_TEXT"
+    """Text was found in the pixels, and is not to be or cannot be removed."""
     UNSUPPORTED_OBJECT = "UNSUPPORTED_OBJECT"
     RECOGNIZABLE_FACE = "RECOGNIZABLE_FACE"
     """The option clean-visual-features is asked for, and the images may show a face."""

@@ -35,6 +35,7 @@ MEANING = {
     "SATURATED_IMAGE": "most pixels are at the limit of the scale",
     "PHI_FOUND": "identifying text was left after de-identification",
     "BURNED_IN_DECLARED": "it declares identifying text in the pixels",
+    "BURNED_IN_TEXT": "text was found in its pixels",
     "UNSUPPORTED_OBJECT": "objects of this kind cannot be handled",
     "RECOGNIZABLE_FACE": "the images may show a face, and the project asks that none does",
     "MULTI_CHANNEL": "it has colour channels that differ",

@@ -25,7 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom import Dataset
 from pydicom.dataset import FileMetaDataset
-from pydicom.pixels.utils import pixel_array
+from pydicom.pixels.decoders.base import get_decoder
+from pydicom.pixels.utils import as_pixel_options
 from pydicom.uid import UID
 
 TIMEOUT_S = 60.0
@@ -57,6 +58,15 @@ def decode(ds: Dataset, *, timeout_s: float = TIMEOUT_S) -> NDArray[Any]:
     Raises:
         Undecodable: the codec refused, crashed, took too long or too much memory.
     """
+    return decode_colour(ds, timeout_s=timeout_s)[0]
+
+
+def decode_colour(ds: Dataset, *, timeout_s: float = TIMEOUT_S) -> tuple[NDArray[Any], str]:
+    """As `decode`, with the PhotometricInterpretation that the values have now: JPEG 2000 undoes its colour transform.
+
+    Raises:
+        Undecodable: as `decode`.
+    """
     header: dict[str, Any] = {"syntax": str(ds.file_meta.TransferSyntaxUID)}
     for keyword in _ATTRIBUTES:
         if (value := ds.get(keyword)) is not None:
@@ -76,7 +86,15 @@ def decode(ds: Dataset, *, timeout_s: float = TIMEOUT_S) -> NDArray[Any]:
     _idle.append(child)
     if "error" in answer:
         raise Undecodable(f"{answer['error']} from the decoder")
-    return np.frombuffer(body, dtype=answer["dtype"]).reshape(answer["shape"])
+    return np.frombuffer(body, dtype=answer["dtype"]).reshape(answer["shape"]), answer["photometric"]
+
+
+def decoded(ds: Dataset, plugin: str = "") -> tuple[NDArray[Any], str]:
+    """Decode here, in this process: native and RLE data only, which pydicom reads itself. Raises whatever it likes."""
+    array, properties = get_decoder(UID(ds.file_meta.TransferSyntaxUID)).as_array(
+        ds, raw=True, decoding_plugin=plugin, **as_pixel_options(ds)
+    )
+    return array, str(properties["photometric_interpretation"])
 
 
 def warm(count: int) -> None:
@@ -179,7 +197,7 @@ def _exactly(pipe: IO[bytes], length: int) -> bytes:
     return data
 
 
-def _decoded(header: dict[str, Any], body: bytes) -> NDArray[Any]:
+def _decoded(header: dict[str, Any], body: bytes) -> tuple[NDArray[Any], str]:
     """In the child: rebuild what the codec needs, and ask it."""
     ds = Dataset()
     ds.file_meta = FileMetaDataset()
@@ -189,7 +207,7 @@ def _decoded(header: dict[str, Any], body: bytes) -> NDArray[Any]:
             setattr(ds, keyword, header[keyword])
     ds.PixelData = body
     ds["PixelData"].is_undefined_length = True
-    return pixel_array(ds, raw=True, decoding_plugin="gdcm" if header["syntax"] in _JPEG_LS else "")
+    return decoded(ds, "gdcm" if header["syntax"] in _JPEG_LS else "")
 
 
 def main() -> None:
@@ -206,8 +224,10 @@ def main() -> None:
         except EOFError:
             return
         try:
-            array = np.ascontiguousarray(_decoded(header, body))
-            answer, data = {"dtype": array.dtype.str, "shape": list(array.shape)}, array.tobytes()
+            found, photometric = _decoded(header, body)
+            array = np.ascontiguousarray(found)
+            answer = {"dtype": array.dtype.str, "shape": list(array.shape), "photometric": photometric}
+            data = array.tobytes()
         except Exception as error:  # noqa: BLE001 - codecs raise whatever they like
             answer, data = {"error": type(error).__name__}, b""
         _send(answers, answer, data)

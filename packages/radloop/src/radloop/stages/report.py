@@ -38,6 +38,7 @@ MEANING = {
     Reason.SATURATED_IMAGE: "largely over- or underexposed",
     Reason.PHI_FOUND: "identifying text was left after cleaning",
     Reason.BURNED_IN_DECLARED: "text is burned into the image, as it says itself",
+    Reason.BURNED_IN_TEXT: "text was found in the image",
     Reason.UNSUPPORTED_OBJECT: "an object that cannot be de-identified safely yet",
     Reason.RECOGNIZABLE_FACE: "the images may show a face",
     Reason.MULTI_CHANNEL: "a colour image",

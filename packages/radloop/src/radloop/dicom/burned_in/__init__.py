@@ -1,0 +1,195 @@
+"""Identity in the pixels: which images are looked at, what is found, and how it is removed (DICOM PS3.15 option 113101)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import msgspec
+import numpy as np
+from pydicom.datadict import tag_for_keyword
+from pydicom.dataset import Dataset
+
+from radloop.catalog.reason import Reason
+from radloop.dicom import spans
+from radloop.dicom.burned_in.ocr import Box, Reader, View, check_installed
+from radloop.dicom.burned_in.redact import emptied
+from radloop.dicom.burned_in.rules import Attributes, Rules, declares_text, sampled
+from radloop.dicom.layout import Picker
+from radloop.errors import DicomError, SettingsError
+from radloop.imaging.frames import displayed, stored_frames
+
+__all__ = ["Decision", "Mode", "Pixels", "Rules"]
+
+Mode = Literal["clean", "refuse", "off"]
+_MARGIN, _SECOND_MARGIN = 0.3, 0.6
+"""Of a text's height: what stands around a box, and around one that was not enough."""
+_AROUND = 48
+"""Pixels beside what changed between two frames that are looked at with it."""
+_HEADER = str.split(
+    """SOPClassUID ImageType Modality ConversionType Manufacturer ManufacturerModelName SeriesDescription
+    SoftwareVersions SeriesInstanceUID InstanceNumber Rows Columns BurnedInAnnotation"""
+)
+_READER = Reader()
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """What is done with an image's pixels.
+
+    Attributes:
+        look: whether they are decoded and looked at.
+        rule, why: the row of the table that says so.
+        regions: what is emptied unseen.
+        declared: the header says that there is text.
+    """
+
+    look: bool
+    rule: str
+    why: str
+    regions: tuple[Box, ...] = ()
+    declared: bool = False
+
+
+class Pixels:
+    """Finds and removes text in pixels. Safe for threads.
+
+    Args:
+        mode: `clean` removes what is found; `refuse` refuses the image; `off` looks at nothing, and still refuses what the
+            header declares.
+        rules: the project's own rows, in the form of rules.toml.
+        draw: the sample: uniform in [0, 1) by a keyed hash of a UID, as `Pseudonymiser.fraction`.
+
+    Raises:
+        SettingsError: no such mode, a row that is none, or text recognition is not installed.
+    """
+
+    def __init__(
+        self,
+        mode: Mode = "clean",
+        rules: Sequence[Mapping[str, Any]] = (),
+        *,
+        draw: Callable[[str], float] = lambda uid: 0.0,
+    ) -> None:
+        if mode not in get_args(Mode):
+            expected = ", ".join(get_args(Mode))
+            raise SettingsError("[deidentify] pixels: no such mode", expected=expected, got=repr(mode))
+        if mode != "off":
+            check_installed()
+        self.mode, self._rules, self._draw = mode, Rules(rules), draw
+        self._picker = Picker([tag_for_keyword(keyword) or 0 for keyword in _HEADER], whole=False)
+
+    def decide(self, ds: Attributes) -> Decision:
+        """From the header alone: no pixel is read. An object without Rows has no image and passes.
+
+        Raises:
+            DicomError: BURNED_IN_DECLARED, a rule says that nothing but text is there, or nobody may look.
+        """
+        if ds.get("Rows") is None:
+            return Decision(False, "no-pixels", "no image")
+        rule = self._rules.first(ds)
+        declared = declares_text(ds)
+        if rule.action == "refuse" or (declared and self.mode == "off"):
+            raise DicomError(
+                "the header says that text is burned into the image"
+                if declared
+                else f"refused by the rule {rule.name}",
+                reason=Reason.BURNED_IN_DECLARED,
+                expected="an image that is more than its text" if rule.action == "refuse" else "BurnedInAnnotation NO",
+                next_step='a rule of your own under [[deidentify.pixel_rules]], or [deidentify] pixels = "clean"',
+            )
+        look = rule.action == "ocr" or (rule.action == "sample" and sampled(ds, rule.every, self._draw))
+        regions = tuple(rule.regions(ds)) if isinstance(ds, Dataset) else ()
+        return Decision(look and self.mode != "off", rule.name, rule.why, regions, declared)
+
+    def looks(self, data: bytes, *, implicit: bool) -> bool:
+        """`decide(...).look` on the first bytes of a file, for those who do not want a Dataset.
+
+        Raises:
+            NotPlain, NeedMore: as `spans.scan`. DicomError: as `decide`.
+        """
+        header: dict[str, Any] = {}
+        places = self._picker.pick(data, spans.meta_end(data), len(data), implicit=implicit)
+        for keyword, place in zip(_HEADER, places, strict=True):
+            if place is not None:
+                header[keyword] = _value(keyword, bytes(data[place[0] : place[1]]))
+        return self.decide(header).look
+
+    def cleaned(self, ds: Dataset) -> Dataset | None:
+        """Look at every frame; None if nothing was found, else a copy without the text (see `redact.emptied`).
+
+        What was cleaned is looked at again: what is still found is emptied with a wider margin, once.
+
+        Raises:
+            DicomError: BURNED_IN_TEXT, text was found and may or can not be removed; BURNED_IN_DECLARED, the header
+                declares text and none was found: a person must look; PIXELS_UNDECODABLE, NO_PIXELS.
+        """
+        decision = self.decide(ds)
+        frames, photometric = stored_frames(ds)
+        shown = displayed(frames, photometric, ds)
+        for box in decision.regions:
+            shown[:, box.y0 : box.y1, box.x0 : box.x1] = 0
+        boxes = [*decision.regions, *(box.wider(_MARGIN, _shape(shown)) for box in found(shown))]
+        if not boxes:
+            if decision.declared:
+                raise DicomError(
+                    "BurnedInAnnotation declares text in the pixels, and none was found",
+                    reason=Reason.BURNED_IN_DECLARED,
+                    expected="text that can be removed",
+                    next_step="look at the image; a rule of your own can blank a region or let it pass",
+                )
+            return None
+        if self.mode == "refuse":
+            raise _text_left("text is burned into the image", 'pixels = "clean" removes it')
+        return self._without(ds, frames, photometric, boxes)
+
+    def _without(self, ds: Dataset, frames: Any, photometric: str, boxes: list[Box]) -> Dataset:
+        for margin in (_SECOND_MARGIN, None):
+            out = emptied(ds, frames, photometric, boxes)
+            after, named = stored_frames(out)
+            left = found(displayed(after, named, out))
+            if not left:
+                return out
+            if margin is None:
+                break
+            shape = (frames.shape[1], frames.shape[2])
+            boxes = [*boxes, *(box.wider(margin, shape) for box in left)]
+        raise _text_left("text is still found in the pixels after cleaning", "look at the image")
+
+
+def found(shown: View) -> list[Box]:
+    """Text in any of some frames `(frames, rows, columns, 1 or 3)`, 8 bits, windowed alike.
+
+    The first frame is looked at as a whole, each other one where it differs from the frame before and a little around.
+    """
+    boxes = _READER.texts(shown[0])
+    for before, frame in itertools.pairwise(shown):
+        changed = (frame != before).any(axis=2)
+        for part, x, y in _part(frame, changed):
+            boxes += [Box(b.x0 + x, b.y0 + y, b.x1 + x, b.y1 + y) for b in _READER.texts(part)]
+    return boxes
+
+
+def _part(frame: View, changed: Any) -> Iterator[tuple[View, int, int]]:
+    """The frame around what changed, with its x and y; nothing if nothing did."""
+    rows, columns = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
+    if rows.size:
+        y, x = max(int(rows[0]) - _AROUND, 0), max(int(columns[0]) - _AROUND, 0)
+        yield frame[y : int(rows[-1]) + _AROUND, x : int(columns[-1]) + _AROUND], x, y
+
+
+def _shape(shown: View) -> tuple[int, int]:
+    return shown.shape[1], shown.shape[2]
+
+
+def _text_left(what: str, next_step: str) -> DicomError:
+    return DicomError(what, reason=Reason.BURNED_IN_TEXT, expected="no text but markers", next_step=next_step)
+
+
+def _value(keyword: str, raw: bytes) -> Any:
+    if keyword in ("Rows", "Columns"):
+        return int.from_bytes(raw, "little")
+    words = [word.strip() for word in raw.decode("latin-1").rstrip("\0 ").split("\\")]
+    if keyword == "InstanceNumber":
+        return int(words[0]) if words[0].lstrip("+-").isdigit() else None
+    return words

@@ -1,0 +1,265 @@
+"""Text in pixels: where it stands, and whether it is a marker that stays.
+
+Two networks of RapidOCR (PP-OCR, Apache-2.0; both in its wheel, nothing is fetched): one finds text of any size, direction and
+polarity, the other reads what was found. What is read is compared with `MARKERS` and forgotten: it is identifying.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radloop.errors import SettingsError
+
+View = NDArray[np.uint8]
+"""`(rows, columns, 1)` grey or `(rows, columns, 3)` RGB."""
+Quad = NDArray[np.float64]
+"""Four corners `(4, 2)`, x and y in pixels."""
+
+MARKERS = frozenset(
+    str.split(
+        """L R LT RT LEFT RIGHT AP PA A P H F LAT LATERAL LL RL OBL LPO RPO LAO RAO CC MLO ML LM RCC LCC RMLO LMLO XCCL
+    ERECT UPRIGHT SUPINE PRONE SITTING STANDING SEMI DECUB INSP EXP PORTABLE MOBILE"""
+    )
+)
+"""What a radiographer places beside the patient; a text of these words only stays."""
+
+TILE, OVERLAP = 1280, 192
+_SMALLEST = 8
+"""A side of fewer pixels holds no text."""
+_PAD = 64
+_FOUND, _INK = 0.5, 0.3  # the detector's thresholds of a box and of a pixel
+_SURE, _CLEAR = 0.6, 0.8
+"""A reading below the first is no marker, and two letters are no text; what is large is text from the second on."""
+_LARGE = 0.25
+"""Of the image's shorter side: a text of such a height is likelier to be a rib cage."""
+_SPARSE = (12, 0.2)  # pixels, share: an extreme value that holds fewer or more is no text
+
+
+@dataclass(frozen=True)
+class Box:
+    """An upright rectangle in pixels: columns x0 to x1, rows y0 to y1, ends excluded."""
+
+    x0: int
+    y0: int
+    x1: int
+    y1: int
+
+    def wider(self, margin: float, shape: tuple[int, int]) -> Box:
+        """With a margin in all directions, in shares of the shorter side and at least two pixels, inside `(rows, columns)`."""
+        more = max(round(margin * min(self.x1 - self.x0, self.y1 - self.y0)), 2)
+        rows, columns = shape
+        return Box(
+            max(self.x0 - more, 0),
+            max(self.y0 - more, 0),
+            min(self.x1 + more, columns),
+            min(self.y1 + more, rows),
+        )
+
+
+def installed() -> bool:
+    """Whether the extra `ocr` is there."""
+    return util.find_spec("rapidocr") is not None
+
+
+def check_installed() -> None:
+    """Raise SettingsError where the extra `ocr` is not there."""
+    if not installed():
+        raise SettingsError(
+            "text in pixels cannot be looked for: RapidOCR is not installed",
+            expected='the extra "ocr"',
+            got="none",
+            next_step='pip install "radloop[ocr]", or write pixels = "off" under [deidentify] if the images hold no text',
+        )
+
+
+class Reader:
+    """Both networks, loaded once a process when first asked, each on one thread. Threads wait for one another."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._engine: Any = None
+
+    def texts(self, view: View) -> list[Box]:
+        """Where identifying text may stand: upright boxes, markers left out. Empty for what is too small to hold any."""
+        if min(view.shape[:2]) < _SMALLEST:
+            return []
+        with self._lock:
+            self._load()
+            quads = [quad for layer, scale in _looks(view) for quad in self._found(layer, scale)]
+            return [box for group in _groups(quads) for box in self._judged(view, group)]
+
+    def _load(self) -> None:
+        if self._engine is not None:
+            return
+        check_installed()
+        import cv2
+        import rapidocr
+
+        cv2.setNumThreads(1)
+        models = Path(rapidocr.__file__).parent / "models"
+        self._engine = rapidocr.RapidOCR(
+            params={
+                "Global.log_level": "error",
+                "Global.use_cls": False,
+                "EngineConfig.onnxruntime.intra_op_num_threads": 1,
+                "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+                # Named, so that a missing one is an error and not a download.
+                "Det.model_path": str(models / "PP-OCRv6_det_small.onnx"),
+                "Rec.model_path": str(models / "PP-OCRv6_rec_small.onnx"),
+                "Det.limit_side_len": 32,
+                "Det.thresh": _INK,
+                "Det.box_thresh": _FOUND,
+            }
+        )
+        logging.getLogger("RapidOCR").setLevel(logging.ERROR)
+        self._engine._load_det_model()
+        self._engine._load_rec_model()
+
+    def _found(self, layer: View, scale: float) -> Iterator[Quad]:
+        """Boxes of one layer, in the view's pixels."""
+        import cv2
+
+        if scale != 1:
+            way = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
+            layer = np.atleast_3d(cv2.resize(layer, None, fx=scale, fy=scale, interpolation=way))
+        for tile, x, y in _tiles(_padded(layer)):
+            boxes = self._engine.text_det(_bgr(tile)).boxes
+            for quad in () if boxes is None else boxes:
+                yield (np.asarray(quad, dtype=np.float64) + np.array([x, y])) / scale
+
+    def _judged(self, view: View, group: list[Quad]) -> Iterator[Box]:
+        """The box of a group of overlapping findings, unless each of them reads as a marker or as nothing."""
+        text = [quad for quad in group if self._identifies(view, quad)]
+        if text:
+            corners = np.concatenate(text)
+            low, high = np.floor(corners.min(axis=0)), np.ceil(corners.max(axis=0)) + 1
+            rows, columns = view.shape[:2]
+            yield Box(max(int(low[0]), 0), max(int(low[1]), 0), min(int(high[0]), columns), min(int(high[1]), rows))
+
+    def _identifies(self, view: View, quad: Quad) -> bool:
+        """Whether what stands there reads as text, or as what may be text, and as no marker."""
+        from rapidocr.utils.process_img import get_rotate_crop_image
+
+        crop = get_rotate_crop_image(_bgr(view), quad.astype(np.float32))
+        if min(crop.shape[:2]) < 2:
+            return False
+        large = min(crop.shape[:2]) > max(_LARGE * min(view.shape[:2]), _PAD)
+        long = max(crop.shape[:2]) > 2.5 * min(crop.shape[:2])
+        doubtful = False
+        for way in (crop, np.ascontiguousarray(crop[::-1, ::-1])):  # it may stand on its head
+            text, score = self._read(way)
+            if score >= _SURE and is_marker(text):
+                return False
+            count = letters(text)
+            if large:
+                doubtful |= count > 2 and score >= _CLEAR
+            else:
+                doubtful |= count > 2 or (count == 2 and (long or score >= _SURE))
+            if doubtful and score >= _CLEAR:
+                return True
+        return doubtful
+
+    def _read(self, crop: View) -> tuple[str, float]:
+        from rapidocr.ch_ppocr_rec import TextRecInput
+
+        answer = self._engine.text_rec(TextRecInput(img=[crop], return_word_box=False))
+        return answer.txts[0], float(answer.scores[0])
+
+
+def letters(text: str) -> int:
+    """How many letters and digits of any script."""
+    return sum(unicodedata.category(c)[0] in "LN" for c in unicodedata.normalize("NFKC", text))
+
+
+def is_marker(text: str) -> bool:
+    """Whether a text consists of `MARKERS` only."""
+    plain = "".join(c if c.isalnum() else " " for c in unicodedata.normalize("NFKC", text).upper())
+    words = plain.split()
+    return bool(words) and len(words) <= 4 and all(word in MARKERS for word in words)
+
+
+def _looks(view: View) -> Iterator[tuple[View, float]]:
+    """Layers and scales to look at; benchmarks/burned_in.py measures what each of them adds.
+
+    The size of letters decides what the detector sees: it finds those of 8 to 100 pixels, smaller ones when enlarged, larger
+    ones when reduced. Text in the largest or smallest value is looked at apart from the picture, where that value is rare:
+    against a background nearly as bright it is found by nothing else.
+    """
+    longest = max(view.shape[:2])
+    yield view, 1.5 if longest <= 1024 else 1.0
+    if longest > 768:
+        yield view, 0.5
+    if longest > 1536:
+        yield view, 0.25
+    if view.shape[2] == 1:
+        extremes = np.full_like(view, 128)
+        for value in (0, 255):
+            mask = view == value
+            if _SPARSE[0] <= np.count_nonzero(mask) <= _SPARSE[1] * mask.size:
+                extremes[mask] = value
+        if extremes.min() < extremes.max():
+            yield extremes, 1.0
+
+
+def _padded(layer: View) -> View:
+    """At least `_PAD` pixels a side: the detector rounds sides to multiples of 32."""
+    rows, columns = layer.shape[:2]
+    more = (max(_PAD - rows, 0), max(_PAD - columns, 0))
+    return np.pad(layer, ((0, more[0]), (0, more[1]), (0, 0)), mode="edge") if any(more) else layer
+
+
+def _tiles(layer: View) -> Iterator[tuple[View, int, int]]:
+    """Parts of at most `TILE` pixels a side with their x and y: the detector's memory grows with the area."""
+    for y in _starts(layer.shape[0]):
+        for x in _starts(layer.shape[1]):
+            yield layer[y : y + TILE, x : x + TILE], x, y
+
+
+def _starts(length: int) -> list[int]:
+    count = max(-(-(length - OVERLAP) // (TILE - OVERLAP)), 1)
+    if count == 1:
+        return [0]
+    step = (length - TILE) / (count - 1)
+    return [round(index * step) for index in range(count)]
+
+
+def _bgr(view: View) -> View:
+    """As the networks were trained: three channels, blue first."""
+    return np.ascontiguousarray(np.repeat(view, 3, axis=2) if view.shape[2] == 1 else view[..., ::-1])
+
+
+def _groups(quads: list[Quad]) -> list[list[Quad]]:
+    """Findings that overlap by more than a third of the smaller one are one text, seen at several scales."""
+    groups: list[list[Quad]] = []
+    for quad in sorted(quads, key=lambda q: -_area(*_ends(q))):
+        for group in groups:
+            if _overlap(group[0], quad) > 1 / 3:
+                group.append(quad)
+                break
+        else:
+            groups.append([quad])
+    return groups
+
+
+def _ends(quad: Quad) -> tuple[Any, Any]:
+    return quad.min(axis=0), quad.max(axis=0)
+
+
+def _area(low: Any, high: Any) -> float:
+    return float(np.prod(np.maximum(high - low, 0)))
+
+
+def _overlap(a: Quad, b: Quad) -> float:
+    (low_a, high_a), (low_b, high_b) = _ends(a), _ends(b)
+    shared = _area(np.maximum(low_a, low_b), np.minimum(high_a, high_b))
+    return shared / max(min(_area(low_a, high_a), _area(low_b, high_b)), 1.0)
