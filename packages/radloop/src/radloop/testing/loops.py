@@ -6,6 +6,7 @@ And what they must not have left anywhere: a patient's name.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +47,7 @@ def _verdicts(run: RunResult) -> dict[str, str]:
     return {name: read_verdict(run.output(name))[0] for name in run.outputs if name.endswith(".verdict")}
 
 
-def identifiers(hospital: Path) -> re.Pattern[bytes]:
+def identifiers(hospital: Path) -> tuple[bytes, ...]:
     """Names, identifiers and UIDs of a drawn hospital's originals, long enough not to occur by chance.
 
     Raises:
@@ -59,20 +60,24 @@ def identifiers(hospital: Path) -> re.Pattern[bytes]:
         ds = pydicom.dcmread(path, stop_before_pixels=True)
         found |= {str(ds.PatientID), str(ds.AccessionNumber), ds.SOPInstanceUID, ds.StudyInstanceUID}
         found |= {part for part in re.split(r"[\^=]", str(ds.PatientName)) if len(part) >= 6}
-    texts = sorted((text.encode() for text in found if len(text) >= 6), key=len, reverse=True)
+    texts = sorted(text.encode().lower() for text in found if len(text) >= 6)
     assert len(texts) > 300, f"only {len(texts)} identifiers in {hospital}"
-    return re.compile(b"|".join(map(re.escape, texts)), re.IGNORECASE)
+    return tuple(texts)
 
 
-def leaks(secrets: re.Pattern[bytes], folder: Path, but: tuple[str, ...] = ()) -> list[str]:
-    """Files in a folder whose name or content holds one of them, but those under the named sub-folders; Parquet is decoded."""
+def leaks(secrets: Iterable[bytes], folder: Path, but: tuple[str, ...] = ()) -> list[str]:
+    """Files in a folder whose name or content holds one of them, but those under the named sub-folders; Parquet is decoded.
+
+    One `in` for each is twenty times as fast as one regular expression of them all.
+    """
     found = []
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
         if inside.parts[0] in but or not path.is_file():
             continue
         text = _table(path) if path.suffix == ".parquet" else path.read_bytes()
-        if secrets.search(text) or secrets.search(str(path).encode()):
+        text = (text + b"\n" + str(path).encode()).lower()
+        if any(secret in text for secret in secrets):
             found.append(str(inside))
     return found
 
