@@ -27,6 +27,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 from radloop.catalog.database import StorageFull
 from radloop.catalog.store import Catalog
 from radloop.dicom.identity import Crosswalk
+from radloop.dicom.landed import identity
 from radloop.dicom.landing import Landing
 from radloop.dicom.stow import Sender, Stow
 from radloop.dicom.stow.parts import SPOOL_BYTES, Malformed, Part, Parts
@@ -437,9 +438,23 @@ def test_a_header_that_names_another_instance(stow: Stow, landing: Landing) -> N
     assert wrong != file
     response = post(stow, multipart(wrong))
     assert response.status_code == 200
-    assert stored(landing) == [Pseudonymiser(KEY).uid("1.2.3.1")]
+    [row] = landing._catalog.pending()
+    assert row.sop_uid == Pseudonymiser(KEY).uid("1.2.3.1")
+    assert landing.landed(row.source_sha256).read_bytes() == wrong
     assert post(stow, multipart(file)).status_code == 200
     assert stow.counts["same"] == 1, "the data set is the same, whatever is written before it"
+
+
+def test_memory_that_is_used_again_holds_nothing_of_the_part_before(stow: Stow, landing: Landing) -> None:
+    """If this failed, the end of one patient's image would stand in another's."""
+    sizes = [300, 40, 800, 16, 500, 64]  # up to 1.3 MB: within and beyond what is used again
+    for turn in range(3):
+        post(stow, multipart(*(dicom(100 * turn + n, size=size) for n, size in enumerate(sizes))))
+    assert len(stow._pool._free) > 0
+    wanted = {dicom(100 * turn + n, size=size)[-200:] for turn in range(3) for n, size in enumerate(sizes)}
+    files = [landing.landed(row.source_sha256) for row in landing._catalog.pending()]
+    assert {path.read_bytes()[-200:] for path in files} == wanted
+    assert all(identity(path.read_bytes()) == path.stem for path in files)
 
 
 def test_the_same_instance_by_c_store_and_by_stow_is_one(stow: Stow, landing: Landing) -> None:

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections import deque
 from email.message import Message
 from pathlib import Path
 
 from radloop.catalog.database import storage_errors
 
 SPOOL_BYTES = 8 << 20
+BEFORE = 1024
+"""Bytes kept free before a part in its memory: a header of ours may take the place of the sender's without a copy."""
+_FIRST_BYTES = 1 << 20
+_POOLED = 64
 _MOST_HEADER_BYTES = 16 << 10
 _HEADERS_END = b"\r\n\r\n"
 
@@ -43,23 +48,45 @@ def boundary_of(content_type: str) -> bytes:
     return boundary.encode("latin-1")
 
 
+class Pool:
+    """Memory that parts give back, so that the next ones need not ask the system for it. Safe for several threads."""
+
+    def __init__(self) -> None:
+        self._free: deque[bytearray] = deque()
+
+    def take(self) -> bytearray:
+        """Some memory; what is in it means nothing."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            return bytearray(_FIRST_BYTES)
+
+    def give(self, memory: bytearray) -> None:
+        """Memory that nobody looks at any more."""
+        if len(memory) == _FIRST_BYTES and len(self._free) < _POOLED:
+            self._free.append(memory)
+
+
 class Part:
     """One part: its Content-Type in lower case, and its bytes.
 
     `too_large`: it grew larger than allowed; `unkept`: there was no room to spool it. Its bytes are not there then.
     """
 
-    def __init__(self, content_type: str, folder: Path, most_bytes: int) -> None:
+    def __init__(self, content_type: str, folder: Path, most_bytes: int, pool: Pool) -> None:
         self.content_type = content_type
         self.size = 0
         self.too_large = self.unkept = False
         self._folder, self._most = folder, most_bytes
-        self._memory = bytearray()
+        self._pool = pool
+        self.memory = pool.take()
+        """Its bytes begin at `BEFORE`, unless it is spooled."""
         self._spool = -1
         self._map: mmap.mmap | None = None
 
     def write(self, data: memoryview) -> None:
         """More of it."""
+        at = BEFORE + self.size
         self.size += len(data)
         if self.lost:
             return
@@ -67,7 +94,9 @@ class Part:
             self.too_large = True
             self.close()
         elif self._spool < 0 and self.size <= SPOOL_BYTES:
-            self._memory += data
+            if at + len(data) > len(self.memory):
+                self._grow(at, at + len(data))
+            self.memory[at : at + len(data)] = data
         else:
             try:
                 with storage_errors("landing"):
@@ -78,11 +107,21 @@ class Part:
                 self.unkept = True
                 self.close()
 
+    def _grow(self, used: int, needed: int) -> None:
+        larger = bytearray(max(needed, 2 * len(self.memory)))
+        larger[:used] = memoryview(self.memory)[:used]
+        self._forget()
+        self.memory = larger
+
+    def _forget(self) -> None:
+        memory, self.memory = self.memory, bytearray()
+        self._pool.give(memory)
+
     def _to_spool(self, data: memoryview) -> None:
         if self._spool < 0:
             self._spool = os.open(self._folder, os.O_TMPFILE | os.O_RDWR, 0o600)
-            _write_all(self._spool, memoryview(self._memory))
-            self._memory = bytearray()
+            _write_all(self._spool, memoryview(self.memory)[BEFORE : BEFORE + self.size - len(data)])
+            self._forget()
         _write_all(self._spool, data)
 
     @property
@@ -99,14 +138,14 @@ class Part:
     def data(self) -> memoryview:
         """All of it, in memory or mapped."""
         if self._spool < 0:
-            return memoryview(self._memory)
+            return memoryview(self.memory)[BEFORE : BEFORE + self.size]
         if self._map is None:
             self._map = mmap.mmap(self._spool, self.size, prot=mmap.PROT_READ)
         return memoryview(self._map)
 
     def close(self) -> None:
         """Give its memory or its file back."""
-        self._memory = bytearray()
+        self._forget()
         if self._spool >= 0:
             os.close(self._spool)
             self._spool = -1
@@ -125,11 +164,12 @@ class Parts:
         boundary: see `boundary_of`.
         folder: where large parts are spooled.
         most_bytes: a larger part is passed over, and says so.
+        pool: where parts take their memory from.
     """
 
-    def __init__(self, boundary: bytes, folder: Path, most_bytes: int) -> None:
+    def __init__(self, boundary: bytes, folder: Path, most_bytes: int, pool: Pool | None = None) -> None:
         self._delimiter = b"\r\n--" + boundary
-        self._folder, self._most = folder, most_bytes
+        self._folder, self._most, self._pool = folder, most_bytes, pool or Pool()
         self._rest = b"\r\n"  # the first delimiter may be the first line
         self._part: Part | None = None
         self._heading = self.ended = False
@@ -199,5 +239,5 @@ class Parts:
             name, _, value = line.partition(":")
             if name.strip().lower() == "content-type":
                 kind = value.strip().lower()
-        self._part, self._heading = Part(kind, self._folder, self._most), False
+        self._part, self._heading = Part(kind, self._folder, self._most, self._pool), False
         return end + len(_HEADERS_END)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import hmac
 import logging
@@ -25,7 +24,7 @@ from radloop.dicom.landing import Arrival, Landing, Mismatch, Outcome, Received
 from radloop.dicom.listener.status import Peer, Status, Tally
 from radloop.dicom.stow import answer
 from radloop.dicom.stow.head import Head, head_of
-from radloop.dicom.stow.parts import Malformed, Part, Parts, UnsupportedMedia, boundary_of
+from radloop.dicom.stow.parts import BEFORE, Malformed, Part, Parts, Pool, UnsupportedMedia, boundary_of
 from radloop.errors import DicomError, EngineError, SettingsError
 
 if TYPE_CHECKING:
@@ -86,6 +85,7 @@ class Stow:
         self._landing, self._address, self._tls, self._idle_s = landing, (host, port), tls, idle_s
         self._tokens = [(hashlib.sha256(who.token).digest(), name, who.site) for name, who in senders.items()]
         self._max, self._active = max_requests, 0
+        self._pool = Pool()
         self._storing = ThreadPoolExecutor(_STORING, thread_name_prefix="stow-store")  # their commits go together
         self._tally = Tally()
         self._server: Any = None
@@ -189,7 +189,9 @@ class Stow:
         peer, whole = self._tally.opened(who[0]), False
         taking = _Taking(self._landing, *who, request.path_params.get("study"), self._tally, peer, self._storing)
         try:
-            malformed = await self._take(request, Parts(boundary, self._landing.landing, MOST_BYTES), taking)
+            malformed = await self._take(
+                request, Parts(boundary, self._landing.landing, MOST_BYTES, self._pool), taking
+            )
             whole = not malformed
         except ClientDisconnect:
             return Response(status_code=400)  # nobody reads it
@@ -322,10 +324,11 @@ class _Taking:
         _, part, head = wanted
         try:
             if head.whole and not part.spooled:
-                with contextlib.suppress(
-                    Mismatch
-                ):  # group 0002 names another instance than the data set: kept as it came
+                theirs = bytes(part.data[: head.end])
+                try:
                     return self._landing.receive_one(self._received(part, head))
+                except Mismatch:  # group 0002 names another instance than the data set: kept as it came
+                    part.memory[BEFORE : BEFORE + head.end] = theirs
             return self._landing.receive_many([Arrival(data=part.data, site=self._site, sender=self._sender)])[0]
         except StorageFull:
             LOG.error("no space left: an instance from %s was refused", self._sender)
@@ -349,9 +352,8 @@ class _Taking:
         digest = landed.begin(head.transfer_syntax_uid)
         digest.update(data_set)
         sha256 = digest.hexdigest()
-        data = bytearray(ours)
-        data[landed.seal_at(ours, self._site)] = self._landing.stamp(sha256, self._site, self._sender)
-        data += data_set
+        data = _behind(ours, part, head)
+        data[landed.seal_at(ours)] = self._landing.stamp(sha256, self._site, self._sender)
         return Received(
             data=data,
             site=self._site,
@@ -360,6 +362,15 @@ class _Taking:
             sop_class_uid=head.sop_class_uid,
             sop_uid=head.sop_uid,
         )
+
+
+def _behind(ours: bytes, part: Part, head: Head) -> memoryview:
+    """Our header and a part's data set, in the part's own memory: ours takes the place of the sender's and of what is free."""
+    start = BEFORE + head.end - len(ours)
+    if start < 0:  # never: both headers have some hundred bytes
+        return memoryview(bytearray(ours + part.data[head.end :]))
+    part.memory[start : start + len(ours)] = ours
+    return memoryview(part.memory)[start : BEFORE + part.size]
 
 
 def _told(stored: answer.Stored, outcome: Outcome | int) -> tuple[answer.Stored, str]:
