@@ -5,8 +5,8 @@ group 0002 around one instance; the identity of a Part 10 file is therefore the 
 and the data set. What is no Part 10 file is named by the SHA-256 of all its bytes.
 
 Where radloop itself writes the header (C-STORE brings none, PS3.7 section 9.1.1), it puts in whence the instance came: the
-calling AE title (0002,0016), and as private information (0002,0102) the site under a seal, an HMAC by the project key over
-identity, site and AE title. A power cut may then take the last commits of catalog and crosswalk: the file, which was fsynced
+calling AE title (0002,0016), and as private information (0002,0102) site and sender under a seal, an HMAC by the project key over
+identity, site and sender. A power cut may then take the last commits of catalog and crosswalk: the file, which was fsynced
 before Success was answered, holds all that they need.
 """
 
@@ -128,25 +128,23 @@ def _of_class(sop_class_uid: str) -> bytes:
 
 @lru_cache(256)
 def _of_sender(transfer_syntax_uid: str, sender: str, site: str) -> bytes:
-    private = bytes(_SEAL_BYTES) + site.encode()
-    private += b"\0" * (len(private) % 2)
+    whence = f"{site}\n{sender}".encode()
+    private = whence + b"\0" * (len(whence) % 2) + bytes(_SEAL_BYTES)
     return b"".join(
         (
             _short(0x0010, b"UI", transfer_syntax_uid, b"\0"),
             _short(0x0012, b"UI", IMPLEMENTATION_CLASS_UID, b"\0"),
             _short(0x0013, b"SH", _VERSION_NAME, b" "),
-            _short(0x0016, b"AE", sender, b" "),
+            _short(0x0016, b"AE", sender[:16], b" "),
             _short(0x0100, b"UI", IMPLEMENTATION_CLASS_UID, b"\0"),
             _LONG_ELEMENT.pack(2, 0x0102, b"OB", 0, len(private)) + private,
         )
     )
 
 
-def seal_at(head: bytes, site: str) -> slice:
-    """Where in what `header` made for this site the seal is to be written."""
-    private = _SEAL_BYTES + len(site.encode())
-    start = len(head) - private - private % 2
-    return slice(start, start + _SEAL_BYTES)
+def seal_at(head: bytes) -> slice:
+    """Where in what `header` made the seal is to be written."""
+    return slice(len(head) - _SEAL_BYTES, len(head))
 
 
 def came(data: Buffer, sha256: str, seal: Seal) -> Came | None:
@@ -154,9 +152,9 @@ def came(data: Buffer, sha256: str, seal: Seal) -> Came | None:
     meta = _meta(data)
     if meta is None or meta.text(0x0100) != IMPLEMENTATION_CLASS_UID:
         return None
-    private, sender = meta.values.get(0x0102, b""), meta.text(0x0016)
-    site = private[_SEAL_BYTES:].rstrip(b"\0").decode(errors="replace")
-    if not site or not hmac.compare_digest(private[:_SEAL_BYTES], seal(sha256, site, sender)):
+    private = meta.values.get(0x0102, b"")
+    site, _, sender = private[:-_SEAL_BYTES].rstrip(b"\0").decode(errors="replace").partition("\n")
+    if not site or not hmac.compare_digest(private[-_SEAL_BYTES:], seal(sha256, site, sender)):
         return None
     return Came(site=site, sender=sender, sop_class_uid=meta.text(0x0002), sop_uid=meta.text(0x0003))
 

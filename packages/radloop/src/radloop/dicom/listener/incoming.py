@@ -158,7 +158,7 @@ class Incoming:
             raise self.failure
         assert self._file is not None
         sha256 = self._digest.hexdigest()
-        where, stamp = landed.seal_at(self._head, self.site), self._landing.stamp(sha256, self.site, self.sender)
+        where, stamp = landed.seal_at(self._head), self._landing.stamp(sha256, self.site, self.sender)
         with storage_errors("landing"):
             os.pwrite(self._file, stamp, where.start)
         if self._held:
