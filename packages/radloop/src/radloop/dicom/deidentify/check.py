@@ -22,7 +22,7 @@ _NO_IMAGE = {
     "": "radloop does not de-identify such objects",
     "audio": "a voice cannot be de-identified",
 }
-# Body parts whose volume shows a face, as BodyPartExamined (0018,0015) and AnatomicRegionSequence say it (PS3.16 CID 4).
+# Body parts whose volume shows a face: defined terms of BodyPartExamined (0018,0015), PS3.16 Annex L.
 _FACES = frozenset(
     str.split("""
     BRAIN CEREBELLUM CHEEK CEREBHEM CRANIALVENSYS CSPINE CTSPINE EAR ETHMOIDSIN EYE EYELID FACE FRONTALSIN HEAD
@@ -75,10 +75,6 @@ def _check_kind(iod: str, kind: str, profile: Profile) -> None:
 
 
 def _check_pixels(ds: Dataset) -> None:
-    if text_of(ds, "BurnedInAnnotation").upper() not in ("NO", ""):
-        refuse(Reason.BURNED_IN_DECLARED, "BurnedInAnnotation declares text in the pixels", "NO, or absent")
-    if "LABEL" in text_of(ds, "ImageType").upper().split("\\"):
-        refuse(Reason.BURNED_IN_DECLARED, "ImageType says LABEL: a photographed label", "an image without a label")
     for group in {tag.group for tag in list(ds.keys()) if tag.group & 0xFF00 == 0x6000 and tag.element == 0x0102}:
         if (group, 0x3000) not in ds and number_of(ds, group, 0x0102) != 0:
             refuse(Reason.UNSUPPORTED_OBJECT, "an overlay hides in unused bits of the pixels", "no such overlay")

@@ -14,6 +14,8 @@ from radloop.catalog.reason import Reason
 from radloop.dicom.profile import TEXT_VRS
 from radloop.errors import DicomError
 
+_ESCAPE = re.compile(r"\x1b[$()-]{1,2}[@-Z]")
+
 
 def refuse(reason: Reason, what: str, expected: str, got: str | None = None) -> NoReturn:
     """Raise DicomError."""
@@ -59,8 +61,8 @@ def with_values(element: DataElement, vr: str, values: list[str]) -> DataElement
 
 
 def plain(values: list[str]) -> list[str]:
-    """Text without control characters, which no kept attribute needs (ISO 2022 escapes were decoded)."""
-    return ["".join(c for c in value if c.isprintable()) for value in values]
+    """Text without control characters, which no kept attribute needs, and ISO 2022 escapes that pydicom leaves (IR 58)."""
+    return ["".join(c for c in _ESCAPE.sub("", value) if c.isprintable()) for value in values]
 
 
 def texts_of(ds: Dataset) -> list[str]:
