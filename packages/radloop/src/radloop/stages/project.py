@@ -13,6 +13,8 @@ from radloop.errors import SettingsError
 from radloop.settings import FILE, Settings, load, secret
 
 if TYPE_CHECKING:
+    from ssl import SSLContext
+
     from radloop.catalog.store import Catalog
     from radloop.dicom.landing import Landing
     from radloop.dicom.pacs import Pacs
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from radloop.dicom.profile import Profile
     from radloop.dicom.uids import Pseudonymiser
     from radloop.learning.tracking import Tracking
+    from radloop.settings import DimsePacs
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -105,6 +108,7 @@ def open_pacs(home: Path, name: str) -> Pacs:
             move_host=told.move_host,
             move_ae=told.move_ae,
             move_first=told.move_first,
+            move_tls=_move_tls(told, ca, certificate, key),
             tls=tls or (tls_context() if told.tls else None),
             **more,
         )
@@ -112,6 +116,21 @@ def open_pacs(home: Path, name: str) -> Pacs:
 
     token, password = (secret(one, home).decode() if one else "" for one in (told.token, told.password))
     return DicomWeb(name, told.url, token=token, user=told.user, password=password, tls=tls, **more)
+
+
+def _move_tls(told: DimsePacs, ca: Path | None, certificate: Path | None, key: Path | None) -> SSLContext | None:
+    """What the PACS sends to us by: TLS where we speak TLS to it."""
+    from radloop.dicom.tls import server_context
+
+    if told.move_port is None or not (told.tls or ca or certificate):
+        return None
+    if certificate is None or key is None:
+        raise SettingsError(
+            "by C-MOVE images would come without TLS",
+            expected="certificate and key of ours, for the port that the PACS sends to",
+            next_step=f"set both under [pacs.NAME] in {FILE}, or leave move_port out and fetch by C-GET",
+        )
+    return server_context(certificate, key, ca)
 
 
 def fetch_target(home: Path, name: str, landing: Landing, catalog: Catalog) -> Target:

@@ -151,13 +151,13 @@ class Orthanc(_Dimse, _Server):
 
     title = "ORTHANC"
 
-    def __init__(self, folder: Path, *, moves: bool = False, **more: object) -> None:
+    def __init__(self, folder: Path, *, moves: bool = False, tls: bool = False, **more: object) -> None:
         super().__init__(folder)
         self.moves = moves
         self.port, self._http, self.move_port = free_port(), free_port(), free_port()
         self.password = secrets.token_hex(8)
-        self.url = f"http://127.0.0.1:{self._http}/dicom-web"
         self.rest = f"http://127.0.0.1:{self._http}"
+        self.url = f"{self.rest}/dicom-web"
         settings = {
             "Name": "test",
             "StorageDirectory": str(folder / "storage"),
@@ -167,7 +167,10 @@ class Orthanc(_Dimse, _Server):
             "DicomAet": self.title,
             "DicomCheckCalledAet": True,
             "DicomPort": self.port,
-            "DicomModalities": {"us": ["RADLOOP", "127.0.0.1", self.move_port], "send": ["SENDER", "127.0.0.1", 1]},
+            "DicomModalities": {
+                "us": {"AET": "RADLOOP", "Host": "127.0.0.1", "Port": self.move_port, "UseDicomTls": tls},
+                "send": ["SENDER", "127.0.0.1", 1],
+            },
             "DicomAlwaysAllowEcho": False,
             "DicomAlwaysAllowStore": False,
             "DicomAlwaysAllowFind": False,

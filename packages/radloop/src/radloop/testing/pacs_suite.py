@@ -422,8 +422,10 @@ class PacsSuite:
 
     def test_a_pacs_that_dies_on_the_way(self, peer: Peer, archive: Archive, target: Target) -> None:
         """Half a study must stay, and the other half come the next time: nothing lost, nothing twice."""
-        uids = archive.add("109", 150, day="20250109", side=256)
+        # Larger than what the network holds, and paced: else a short answer is here before the PACS dies.
+        uids = archive.add("109", 150, day="20250109", side=384)
         query = Query(accessions=("ACC109",))
+        target = msgspec.structs.replace(target, per_s=150.0)
         died = threading.Event()
 
         def kill_after_some(done: int, total: int) -> None:
@@ -445,7 +447,8 @@ class PacsSuite:
 
     def test_a_pacs_that_comes_back(self, peer: Peer, archive: Archive, target: Target) -> None:
         """A PACS that restarts at night costs some tries, not the night."""
-        uids = archive.add("110", 150, day="20250110", side=256)
+        uids = archive.add("110", 150, day="20250110", side=384)
+        target = msgspec.structs.replace(target, per_s=150.0)
         restarted = threading.Event()
 
         def restart_after_some(done: int, total: int) -> None:

@@ -121,6 +121,7 @@ class Dimse(Pacs):
         move_first: do not try C-GET.
         timeout_s: longest wait for a connection, and for each message of the PACS.
         tls: see `radloop.dicom.pacs.tls`.
+        move_tls: what we receive by on C-MOVE, see `radloop.dicom.tls.server_context`; None: not by TLS.
     """
 
     def __init__(
@@ -134,12 +135,13 @@ class Dimse(Pacs):
         move_first: bool = False,
         timeout_s: float = 60.0,
         tls: ssl.SSLContext | None = None,
+        move_tls: ssl.SSLContext | None = None,
         patience: Patience | None = None,
         cut_at: int = 0,
     ) -> None:
         super().__init__(name, patience=patience, cut_at=cut_at)
         self.address, self._tls, self._timeout_s = address, tls, timeout_s
-        self._receiver = _Receiver(move_ae or address.calling, address.called, move_host, move_port)
+        self._receiver = _Receiver(move_ae or address.calling, address.called, move_host, move_port, move_tls)
         self._gets = not move_first
         self._finding: Association | None = None
         self._classes: tuple[str, set[str]] = ("", set())
@@ -403,7 +405,11 @@ class Dimse(Pacs):
         return PacsUnavailable(
             f"{self.name} cannot be reached",
             expected=f"{self.address}",
-            got="no connection" if not self._reached(association) else f"no answer in {self._timeout_s:g} s",
+            got=f"no answer in {self._timeout_s:g} s"
+            if self._reached(association)
+            else "no connection by TLS with these certificates"
+            if self._tls
+            else "no connection",
             next_step=f"check host, port and firewall; radloop pacs echo {self.name}",
         )
 
@@ -452,8 +458,8 @@ class _NotOffered(Exception):
 class _Receiver:
     """The storage SCP that a PACS sends to on C-MOVE: from that PACS only, and only while something is asked for."""
 
-    def __init__(self, title: str, sender: str, host: str, port: int | None) -> None:
-        self.title, self._sender, self._address = title, sender, (host, port)
+    def __init__(self, title: str, sender: str, host: str, port: int | None, tls: ssl.SSLContext | None) -> None:
+        self.title, self._sender, self._address, self._tls = title, sender, (host, port), tls
         self._intake: Intake | None = None
         self._attempt = 0
         self._server: Any = None
@@ -483,6 +489,7 @@ class _Receiver:
         try:
             self._server = ae.make_server(
                 (host, port),
+                ssl_context=self._tls,
                 evt_handlers=[(evt.EVT_REQUESTED, self._choose)],
                 server_class=Server,
                 serve=lambda _: Receiving(lambda: self._intake),

@@ -216,7 +216,8 @@ class DicomWeb(Pacs):
             str(dcmread(path, specific_tags=["SOPInstanceUID"], stop_before_pixels=True).SOPInstanceUID)
             for path in files
         ]
-        content = _stowed(files, boundary)
+        content, length = _stowed(files, boundary)
+        headers["Content-Length"] = str(length)
         with self._answer("POST", "/studies", content=content, headers=headers, allow=(409,)) as response:
             try:
                 answer = msgspec.json.decode(response.read() or b"{}", type=dict[str, Any] | list[dict[str, Any]])
@@ -250,6 +251,13 @@ class DicomWeb(Pacs):
                     raise self._refused(response)
                 yield response
         except httpx.HTTPError as error:  # its message may hold the address, and so what was searched for
+            if (why := _tls_error(error)) is not None:
+                raise PacsError(
+                    f"TLS with {self.name} fails",
+                    expected=f"a certificate that we trust, at {self.url}, and ours if it asks for one",
+                    got=why,
+                    next_step="check ca, certificate and key of this PACS in radloop.toml",
+                ) from None
             raise PacsUnavailable(
                 f"{self.name} cannot be reached or broke off",
                 expected=f"DICOMweb at {self.url}",
@@ -283,6 +291,15 @@ class DicomWeb(Pacs):
         if self._client is not None:
             self._client.close()
             self._client = None
+
+
+def _tls_error(error: BaseException | None) -> str | None:
+    """What TLS says of a certificate; None where something else went wrong."""
+    while error is not None:
+        if isinstance(error, ssl.SSLError):
+            return (error.reason or type(error).__name__).lower().replace("_", " ")
+        error = error.__cause__ or error.__context__
+    return None
 
 
 class _NotThere(PacsError):
@@ -326,14 +343,24 @@ def _batches(files: Iterable[Path]) -> Iterator[list[Path]]:
         yield batch
 
 
-def _stowed(files: Iterable[Path], boundary: str) -> Iterator[bytes]:
-    for path in files:
-        yield f"--{boundary}\r\nContent-Type: application/dicom\r\nContent-Length: {path.stat().st_size}\r\n\r\n".encode()
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                yield chunk
-        yield b"\r\n"
-    yield f"--{boundary}--\r\n".encode()
+def _stowed(files: Sequence[Path], boundary: str) -> tuple[Iterator[bytes], int]:
+    """A multipart/related body of files as they lie there, and its length: not every server takes a chunked one."""
+    sizes = [path.stat().st_size for path in files]
+    heads = [
+        f"--{boundary}\r\nContent-Type: application/dicom\r\nContent-Length: {size}\r\n\r\n".encode() for size in sizes
+    ]
+    end = f"--{boundary}--\r\n".encode()
+
+    def body() -> Iterator[bytes]:
+        for path, head in zip(files, heads, strict=True):
+            yield head
+            with path.open("rb") as file:
+                while chunk := file.read(_CHUNK):
+                    yield chunk
+            yield b"\r\n"
+        yield end
+
+    return body(), sum(sizes) + sum(len(head) + 2 for head in heads) + len(end)
 
 
 def _referenced(answer: Mapping[str, Any], tag: str) -> dict[str, int]:
