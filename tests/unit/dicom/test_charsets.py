@@ -19,7 +19,8 @@ CLEANER = Deidentifier(Pseudonymiser(bytes(range(32))), profile=chosen("research
 # PS3.3 C.12.1.1.2: single-byte sets, sets with code extensions (ISO 2022), and those that stand alone; a text in each.
 SETS = [
     ("ISO_IR 100", "Müller GmbH"), ("ISO_IR 101", "Škoda Łódź"), ("ISO_IR 109", "Ĝusta Ħ"), ("ISO_IR 110", "Ķīmija"),
-    ("ISO_IR 144", "Рентген"), ("ISO_IR 127", "أشعة"), ("ISO_IR 126", "Ακτίνα"), ("ISO_IR 138", "רנטגן"), ("ISO_IR 148", "Işık Ğ"),
+    ("ISO_IR 144", "Рентген"), ("ISO_IR 127", "أشعة"), ("ISO_IR 126", "Ακτίνα"), ("ISO_IR 138", "רנטגן"),
+    ("ISO_IR 148", "Işık Ğ"),
     ("ISO_IR 166", "เอกซเรย์"), ("ISO_IR 13", "ｴｯｸｽｾﾝ"), ("ISO_IR 192", "Müller 山田 Рентген"),
     ("GB18030", "王小东"),
     ("GBK", "王小东"),
