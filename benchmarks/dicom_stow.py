@@ -119,8 +119,8 @@ def body(data: bytes, places: list[int], first: int) -> bytes:
         one = bytearray(data)
         for place in places:
             one[place : place + 8] = b"%08d" % (10_000_000 + number)
-        out += b"--bench\r\nContent-Type: application/dicom\r\n\r\n" + one + b"\r\n"
-    return bytes(out + b"--bench--\r\n")
+        out += b"--0d5f4c1e-7a34-4c1d-9a1b-6f1f0f6b2c11\r\nContent-Type: application/dicom\r\n\r\n" + one + b"\r\n"
+    return bytes(out + b"--0d5f4c1e-7a34-4c1d-9a1b-6f1f0f6b2c11--\r\n")
 
 
 def load(server: Server, bodies: list[bytes]) -> None:
@@ -131,7 +131,7 @@ def load(server: Server, bodies: list[bytes]) -> None:
     headers = {
         "Authorization": server.token,
         "Accept": "application/dicom+json",
-        "Content-Type": 'multipart/related; type="application/dicom"; boundary=bench',
+        "Content-Type": 'multipart/related; type="application/dicom"; boundary=0d5f4c1e-7a34-4c1d-9a1b-6f1f0f6b2c11',
     }
     for one in bodies:
         connection.request("POST", server.path, one, headers)
