@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
 from typing import Any, Literal, get_args
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import Dataset
 
@@ -39,16 +42,22 @@ class Decision(msgspec.Struct, frozen=True):
 
     Attributes:
         look: whether they are decoded and looked at.
+        blank: whether regions of them may be emptied unseen; `regions` says which, if the Dataset is there.
         rule, why: the row of the table that says so.
-        regions: what is emptied unseen.
         declared: the header says that there is text.
     """
 
     look: bool
     rule: str
     why: str
+    blank: bool = False
     regions: tuple[Box, ...] = ()
     declared: bool = False
+
+    @property
+    def reads_pixels(self) -> bool:
+        """Whether the pixels are decoded."""
+        return self.look or self.blank
 
 
 class Pixels:
@@ -77,6 +86,7 @@ class Pixels:
         if mode != "off":
             check_installed()
         self.mode, self._rules, self._draw = mode, Rules(rules), draw
+        self.digest: str = _digest(mode, self._rules)
         self._picker = Picker([tag_for_keyword(keyword) or 0 for keyword in _HEADER], whole=False)
 
     def decide(self, ds: Attributes) -> Decision:
@@ -99,11 +109,13 @@ class Pixels:
                 next_step='a rule of your own under [[deidentify.pixel_rules]], or [deidentify] pixels = "clean"',
             )
         look = rule.action == "ocr" or (rule.action == "sample" and sampled(ds, rule.every, self._draw))
+        if self.mode == "off":
+            return Decision(False, rule.name, rule.why)
         regions = tuple(rule.regions(ds)) if isinstance(ds, Dataset) else ()
-        return Decision(look and self.mode != "off", rule.name, rule.why, regions, declared)
+        return Decision(look, rule.name, rule.why, bool(rule.blank or rule.banner), regions, declared)
 
-    def looks(self, data: bytes, *, implicit: bool) -> bool:
-        """`decide(...).look` on the first bytes of a file, for those who do not want a Dataset.
+    def decide_bytes(self, data: bytes, *, implicit: bool) -> Decision:
+        """`decide` on the first bytes of a file, for those who do not want a Dataset; without `regions`.
 
         Raises:
             NotPlain, NeedMore: as `spans.scan`. DicomError: as `decide`.
@@ -113,7 +125,7 @@ class Pixels:
         for keyword, place in zip(_HEADER, places, strict=True):
             if place is not None:
                 header[keyword] = _value(keyword, bytes(data[place[0] : place[1]]))
-        return self.decide(header).look
+        return self.decide(header)
 
     def cleaned(self, ds: Dataset) -> Dataset | None:
         """Look at every frame; None if nothing was found, else a copy without the text (see `redact.emptied`).
@@ -129,9 +141,10 @@ class Pixels:
         shown = displayed(frames, photometric, ds)
         for box in decision.regions:
             shown[:, box.y0 : box.y1, box.x0 : box.x1] = 0
-        boxes = [*decision.regions, *(box.wider(_MARGIN, _shape(shown)) for box in found(shown))]
+        seen = found(shown) if decision.look else []
+        boxes = [*decision.regions, *(box.wider(_MARGIN, _shape(shown)) for box in seen)]
         if not boxes:
-            if decision.declared:
+            if decision.declared and decision.look:
                 raise DicomError(
                     "BurnedInAnnotation declares text in the pixels, and none was found",
                     reason=Reason.BURNED_IN_DECLARED,
@@ -141,13 +154,13 @@ class Pixels:
             return None
         if self.mode == "refuse":
             raise _text_left("text is burned into the image", 'pixels = "clean" removes it')
-        return self._without(ds, frames, photometric, boxes)
+        return self._without(ds, frames, photometric, boxes, look=decision.look)
 
-    def _without(self, ds: Dataset, frames: Any, photometric: str, boxes: list[Box]) -> Dataset:
+    def _without(self, ds: Dataset, frames: NDArray[Any], photometric: str, boxes: list[Box], *, look: bool) -> Dataset:
         for margin in (_SECOND_MARGIN, None):
             out = emptied(ds, frames, photometric, boxes)
             after, named = stored_frames(out)
-            left = found(displayed(after, named, out))
+            left = found(displayed(after, named, out)) if look else []
             if not left:
                 return out
             if margin is None:
@@ -176,6 +189,12 @@ def _part(frame: View, changed: Any) -> Iterator[tuple[View, int, int]]:
     if rows.size:
         y, x = max(int(rows[0]) - _AROUND, 0), max(int(columns[0]) - _AROUND, 0)
         yield frame[y : int(rows[-1]) + _AROUND, x : int(columns[-1]) + _AROUND], x, y
+
+
+def _digest(mode: Mode, rules: Rules) -> str:
+    """Changes when another outcome is possible: by mode, rules, or the networks' version."""
+    version = "" if mode == "off" else metadata.version("rapidocr")
+    return hashlib.sha256(f"{mode} {version}".encode() + msgspec.json.encode(rules.rows)).hexdigest()
 
 
 def _shape(shown: View) -> tuple[int, int]:

@@ -26,7 +26,8 @@ from pydicom.sequence import Sequence
 from pydicom.uid import UID
 
 from radloop.catalog.reason import Reason
-from radloop.dicom import phi
+from radloop.dicom import phi, spans
+from radloop.dicom.burned_in import Decision, Pixels
 from radloop.dicom.deidentify import stowaways
 from radloop.dicom.deidentify.check import REQUIRED_UIDS, TRANSFER_SYNTAXES, check
 from radloop.dicom.deidentify.fast import Fast, Head
@@ -60,6 +61,8 @@ class CleanedFile(msgspec.Struct, frozen=True):
     file_bytes: int
     tags: dict[str, Any]
     """`radloop.dicom.tags.describe` of the output."""
+    pixels: str = ""
+    """What was done about text in the pixels, and by which rule; empty if nobody looks for any."""
 
 
 class Deidentifier:
@@ -68,15 +71,19 @@ class Deidentifier:
     Args:
         pseudonymiser: the project's.
         profile: `research` (dates shifted, sex and age kept), `basic` (neither), or what `profile.chosen` made.
+        pixels: finds and removes text in the pixels; None: nobody looks, and what the header declares is refused.
 
     Raises:
         SettingsError: no such profile.
     """
 
-    def __init__(self, pseudonymiser: Pseudonymiser, *, profile: str | Profile = "research") -> None:
+    def __init__(
+        self, pseudonymiser: Pseudonymiser, *, profile: str | Profile = "research", pixels: Pixels | None = None
+    ) -> None:
         self.pseudonymiser = pseudonymiser
         self.profile: Profile = profile if isinstance(profile, Profile) else named(profile)
-        self.digest: str = _digest(self.profile)
+        self.pixels = pixels or Pixels("off")
+        self.digest: str = _digest(self.profile, self.pixels)
         self._fast = Fast(self.profile, pseudonymiser, self._clean)
         self._codes = frozenset(code for code, _ in self.profile.codes)
         self.kept_keywords: frozenset[str] = frozenset(
@@ -90,7 +97,8 @@ class Deidentifier:
     def clean(self, ds: Dataset, *, site: str) -> Dataset:
         """A de-identified copy, with file meta information written anew and the preamble zeroed.
 
-        The input is not changed. Pixel data is passed on as it is. The PHI gate is not run: `clean_file` runs it.
+        The input is not changed. Pixel data is passed on as it is, unless text is found in it. The PHI gate is not run:
+        `clean_file` runs it.
 
         Args:
             ds: as read from a file or built with a `file_meta` that names the transfer syntax.
@@ -99,9 +107,28 @@ class Deidentifier:
 
         Raises:
             DicomError: the instance cannot be made safe; `reason` is one of UNKNOWN_TRANSFER_SYNTAX, MISSING_UID,
-                NO_PATIENT_ID, UNSUPPORTED_OBJECT, BURNED_IN_DECLARED, NOT_DICOM.
+                NO_PATIENT_ID, UNSUPPORTED_OBJECT, BURNED_IN_DECLARED, BURNED_IN_TEXT, PIXELS_UNDECODABLE, NOT_DICOM.
         """
-        return self._clean(ds, site, None)
+        return self._clean_all(ds, site, None)[0]
+
+    def _clean_all(
+        self, ds: Dataset, site: str, tally: Counter[tuple[str, str]] | None
+    ) -> tuple[Dataset, Dataset, str]:
+        """The pixels and then the header: the clean instance, what its pixels are of, what was done about them."""
+        check(ds, self.profile, self.pseudonymiser.key_id)  # before a codec is asked
+        decision = self.pixels.decide(ds)
+        without = self.pixels.cleaned(ds) if decision.reads_pixels else None
+        out = self._clean(ds if without is None else without, site, tally)
+        if without is not None:
+            out.BurnedInAnnotation = "NO"
+            out.DeidentificationMethodCodeSequence.append(_code("113101", "Clean Pixel Data Option"))
+        return out, ds if without is None else without, self._said(decision, found=without is not None)
+
+    def _said(self, decision: Decision, *, found: bool) -> str:
+        if self.pixels.mode == "off":
+            return ""
+        done = "text removed" if found else "looked at, no text found" if decision.look else "not looked at"
+        return f"{decision.rule}: {done}"
 
     def _clean(self, ds: Dataset, site: str, tally: Counter[tuple[str, str]] | None) -> Dataset:
         syntax, iod = check(ds, self.profile, self.pseudonymiser.key_id)
@@ -145,18 +172,18 @@ class Deidentifier:
             PhiError: PHI_FOUND, the gate found identifying text; the message names tag paths.
             OSError: the disk is full or the file cannot be read.
         """
-        gate = partial(self._gate_bytes, name=target.name)
+        decided: list[Decision] = []
+        gate = partial(self._gate_bytes, name=target.name, decided=decided)
         written = rewrite(self._fast, source, target, site=site, tally=tally, gate=gate, digest=digest)
         if written is not None:
-            return _cleaned_file(written)
+            return _cleaned_file(written, self._said(decided[-1], found=False))
         data = source.read_bytes()
         original = read(data)
         check_whole(data, original)
         stowaways.remove(original)
-        # Text in the pixels is decided and cleaned before the header is (burned_in).
-        out = self._clean(original, site, tally)
+        out, source_of_pixels, said = self._clean_all(original, site, tally)
         data = _written(out)
-        self._gate(original, data, target.name)
+        self._gate(original, source_of_pixels, data, target.name)
         _put(data, target)
         tags = describe(out)
         return CleanedFile(
@@ -169,10 +196,14 @@ class Deidentifier:
             file_sha256=hashlib.sha256(data).hexdigest() if digest else "",
             file_bytes=len(data),
             tags=tags,
+            pixels=said,
         )
 
-    def _gate_bytes(self, data: bytes, head: Head, texts: Iterable[str], *, name: str) -> None:
-        """The gate on the bytes of two headers; raises NotPlain where it needs pydicom to read them."""
+    def _gate_bytes(self, data: bytes, head: Head, texts: Iterable[str], *, name: str, decided: list[Decision]) -> None:
+        """The gate on the bytes of two headers; raises NotPlain where it needs pydicom to read them, or the pixels."""
+        decided.append(self.pixels.decide_bytes(data, implicit=head.implicit))
+        if decided[-1].reads_pixels:
+            raise spans.NotPlain
         self._pass(
             phi.find_leaks_in_files(
                 data,
@@ -185,9 +216,9 @@ class Deidentifier:
             )
         )
 
-    def _gate(self, original: Dataset, data: bytes, name: str) -> None:
+    def _gate(self, original: Dataset, source_of_pixels: Dataset, data: bytes, name: str) -> None:
         reread = read(data)
-        if not _same_pixels(original, reread):
+        if not _same_pixels(source_of_pixels, reread):
             refuse(Reason.UNSUPPORTED_OBJECT, "pixel data did not survive being written", "the same bytes")
         kept, codes = self.kept_keywords, self._codes
         self._pass(phi.find_leaks(original, reread, file_name=name, kept_keywords=kept, options=codes))
@@ -220,7 +251,7 @@ class Deidentifier:
             out.SpecificCharacterSet = "ISO_IR 192"
 
 
-def _cleaned_file(written: Written) -> CleanedFile:
+def _cleaned_file(written: Written, pixels: str) -> CleanedFile:
     head = written.head
     sop_class, sop, study, series, patient = (
         head.text(tag) for tag in (0x00080016, 0x00080018, 0x0020000D, 0x0020000E, 0x00100020)
@@ -235,6 +266,7 @@ def _cleaned_file(written: Written) -> CleanedFile:
         file_sha256=written.sha256,
         file_bytes=written.size,
         tags=head.tags,
+        pixels=pixels,
     )
 
 
@@ -289,9 +321,10 @@ def _put(data: bytes, target: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def _digest(profile: Profile) -> str:
-    """Changes when the profile, its tables or the code that applies them change."""
-    digest = hashlib.sha256(f"{profile.name} {' '.join(profile.options)} {tables_digest()}".encode())
+def _digest(profile: Profile, pixels: Pixels) -> str:
+    """Changes when the profile, its tables, what is done about pixels, or the code that applies them change."""
+    told = f"{profile.name} {' '.join(profile.options)} {tables_digest()} {pixels.digest}"
+    digest = hashlib.sha256(told.encode())
     here = Path(__file__).parent
     files = [*here.glob("*.*"), *(here.parent / "burned_in").glob("*.*"), *here.parent.glob("profile*.py")]
     for file in [*sorted(files), here.parent / "uids.py"]:
