@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -151,6 +152,17 @@ def test_a_dead_pacs_fails_the_stage_and_loses_nothing(radloop: Run, project: Pa
     with open_catalog(project) as catalog:
         assert len(catalog.ready()) == 3
     assert ingest(project)["status"] == "succeeded"
+
+
+def test_one_fetch_at_a_time(radloop: Run, project: Path) -> None:
+    """A person's fetch beside the night's run would load the PACS twice for the same images."""
+    (project / "landing").mkdir(mode=0o700)
+    with (project / "landing" / ".pacs-main.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        code, _, err = radloop("pacs", "fetch", "main")
+        assert code == 1
+        assert "another fetch from main is under way" in err
+    assert radloop("pacs", "fetch", "main")[0] == 0
 
 
 def test_a_password_is_no_setting(radloop: Run, project: Path) -> None:

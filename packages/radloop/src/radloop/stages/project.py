@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -89,6 +90,10 @@ def open_pacs(home: Path, name: str) -> Pacs:
             expected=", ".join(known) or f"a section [pacs.{name}] in {FILE}",
             got=name,
             next_step="see the comments under [pacs] in it",
+        )
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name):  # it stands in the catalog, as the sender
+        raise SettingsError(
+            "the name of a PACS is no code", expected="1 to 64 letters, digits, '.', '_' or '-'", got=name
         )
     told = known[name]
     ca, certificate, key = (home / path if path else None for path in (told.ca, told.certificate, told.key))

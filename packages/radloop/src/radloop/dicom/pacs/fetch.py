@@ -8,13 +8,17 @@ when a process died is simply missing.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import date, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -114,16 +118,34 @@ def fetch(
 
     Raises:
         PacsUnavailable: the PACS was unavailable at all tries in a row; what came before is kept.
-        PacsError: it refuses us, or several studies in a row.
+        PacsError: it refuses us, or several studies in a row; or another fetch from it is under way.
         StorageFull: no space left; what came before is kept.
     """
-    run = _Run(pacs, target, progress)
-    audit(target.catalog, pacs, "pacs fetch", query, actor=actor)
-    found = sorted(pacs.find(query), key=lambda study: (study.study_date, study.study_time, study.study_uid))
+    with _alone(target.landing.landing, pacs.name):
+        audit(target.catalog, pacs, "pacs fetch", query, actor=actor)
+        found = sorted(pacs.find(query), key=lambda study: (study.study_date, study.study_time, study.study_uid))
+        run = _Run(pacs, target, progress)
+        try:
+            return run.studies(found, limit)
+        finally:
+            run.close()
+
+
+@contextmanager
+def _alone(folder: Path, name: str) -> Iterator[None]:
+    """One fetch from a PACS at a time: two would load it twice, and bring the same. The lock goes with the process."""
+    handle = os.open(folder / f".pacs-{name}.lock", os.O_CREAT | os.O_RDWR, 0o600)
     try:
-        return run.studies(found, limit)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise PacsError(
+            f"another fetch from {name} is under way",
+            expected="one at a time",
+            next_step="wait until it has ended (radloop status shows runs), then try again",
+        ) from None
     finally:
-        run.close()
+        os.close(handle)
 
 
 def audit(catalog: Catalog, pacs: Pacs, action: str, query: Query, *, actor: str, **counts: int) -> None:
