@@ -110,4 +110,5 @@ def test_cleaned_words_are_those_of_the_vocabulary_to_the_letter() -> None:
     from radloop.dicom.deidentify.descriptors import cleaned as words_of
 
     assert words_of("Đà Lạt") == ""
+    assert words_of("seen by Okonkwo-Bright, post-contrast head/neck") == "by post-contrast head/neck"
     assert words_of("lat Torax tórax Schädel Schadel") == "lat Torax tórax Schädel Schadel"

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 from pydicom.dataset import Dataset
 
-from radloop.dicom.deidentify.values import values_of
+from radloop.dicom.deidentify.values import values_of, vr_of
 from radloop.dicom.profile_tables import vocabulary
 
 _TOKEN = re.compile(r"[^\s_,;:|\\^()\[\]{}<>\"'=]+")
@@ -56,6 +56,8 @@ def _kept(token: str, following: str, secret: Set[str]) -> str:
     words = [part for part in parts if part not in "/+-"]
     if words and all(fold(word) not in secret and _stands(word, "") for word in words):
         return token
+    if "-" in parts:  # a double name goes whole: of Smith-White no White stays
+        return ""
     return " ".join(word for word in words if fold(word) not in secret and _stands(word, ""))
 
 
@@ -94,6 +96,8 @@ def own_words(ds: Dataset) -> frozenset[str]:
 def _names(ds: Dataset) -> Iterator[str]:
     for tag in list(ds.keys()):
         try:
+            if vr_of(ds.get_item(tag, keep_deferred=True)) not in ("PN", "SQ"):
+                continue  # left as it was read: what is kept is kept byte for byte
             element = ds[tag]
             if element.VR == "PN":
                 yield from values_of(element)

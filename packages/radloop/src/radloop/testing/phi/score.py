@@ -172,7 +172,7 @@ class _Judge:
             return _pixel_fault(instance, r)
         if r.action is Action.TEXT_REMOVED:
             texts = _place(instance, r.path)
-            if r.path in _BINARY:  # in which a word of four characters occurs by chance
+            if r.path in _BINARY:  # in which four characters in a row occur by chance, as in a UID
                 return r.value if any(r.value in text for text in texts) else None
             return _left(r.value, texts)
         values = instance.values(r.path)
@@ -254,7 +254,7 @@ _CODECS = str.split("""
     """)
 
 
-_BINARY = frozenset({CODESTREAM, UNUSED_BITS, TRAILER, PREAMBLE})
+_BINARY = frozenset({FILE_NAME, CODESTREAM, UNUSED_BITS, TRAILER, PREAMBLE})
 _STOP_WORDS = frozenset(str.split("a and at by da de del der des di du for in la le of on the to und von"))
 
 
