@@ -28,6 +28,7 @@ from pydicom.uid import UID
 
 from radloop.dicom import spans
 from radloop.dicom.deidentify.check import TRANSFER_SYNTAXES
+from radloop.dicom.deidentify.descriptors import own_words
 from radloop.dicom.deidentify.items import MAX_DEPTH, Items, kept_bytes, kept_string
 from radloop.dicom.deidentify.meta import PREFIX, meta_bytes
 from radloop.dicom.deidentify.stowaways import Bits, bits_of
@@ -58,6 +59,7 @@ _TOGETHER = frozenset(
         DeidentificationMethod DeidentificationMethodCodeSequence LongitudinalTemporalInformationModified"""
     )
 )
+_IDENTIFIERS = frozenset(_tags("OtherPatientIDs AccessionNumber StudyID"))
 _CHARSET, _SOP_CLASS, _SOP, _STUDY, _SERIES = _tags(
     "SpecificCharacterSet SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID"
 )
@@ -83,6 +85,8 @@ _MOST = 1 << 26
 """Bytes kept in memory, about."""
 _PLAIN_UID = re.compile(rb"[0-9.]+")
 _PLAIN_TEXT = re.compile(rb"[ -\[\]-~]*")
+_APART = frozenset({Action.SHIFT.name, Action.CLEAN.name})
+"""Actions whose outcome depends on the patient or on the instance's names."""
 _PLAIN_AGE = re.compile(rb"[0-9]{3}[YMWD]")
 _TEXTS = frozenset(str.split("AE AS CS DA DT LO LT PN SH ST TM UC UI UR UT"))
 """VRs of which pydicom reads any text."""
@@ -146,11 +150,23 @@ class _Patient:
 
 
 @dataclass(slots=True)
+class _Names:
+    """The names and identifiers of an instance, as a data set and as the words that `descriptors.cleaned` takes out."""
+
+    root: Dataset
+    words: frozenset[str]
+
+
+_NOBODY = _Names(Dataset(), frozenset())
+
+
+@dataclass(slots=True)
 class _Context:
-    """A patient in a group, and what came out of elements that may hold dates."""
+    """A patient in a group, whose names are kept out of texts, and what came out of elements that depend on either."""
 
     group: _Group
     patient: _Patient
+    names: _Names
     pieces: dict[Key, bytes] = field(default_factory=dict)
     tallies: dict[Key, Tally] = field(default_factory=dict)
 
@@ -179,7 +195,8 @@ class Fast:
         self._together: dict[tuple[Any, ...], _Together] = {}
         self._groups: dict[tuple[str, bytes, str], _Group] = {}
         self._patients: dict[tuple[Any, ...], _Patient] = {}
-        self._contexts: dict[tuple[int, int], _Context] = {}
+        self._names: dict[tuple[bytes, ...], _Names] = {}
+        self._contexts: dict[tuple[int, int, frozenset[str]], _Context] = {}
         self._described: dict[tuple[Any, ...], tuple[dict[str, Any], Bits | None]] = {}
         self._actions: dict[tuple[str, int, str, str], Action] = {}
         self._tallies: dict[int, tuple[Passed, Tally]] = {}
@@ -222,7 +239,8 @@ class Fast:
             raise NotPlain
         patient = self._patient(apart, site, syntax)
         together = self._together_of(apart, found, data, syntax)
-        context = self._context(together.group, patient)
+        names = self._names_of(data, found, apart, syntax) if profile_cleans(self._profile) else _NOBODY
+        context = self._context(together.group, patient, names)
         elements = self._cleaned(data, found, together, context)
         if tally is not None:
             self._count(tally, data, found, passed, context, elements)
@@ -247,9 +265,14 @@ class Fast:
         """Whether an element is more than removed; raises NotPlain for what only the slow path knows."""
         if tag in _TOGETHER or tag in _NEEDED or tag == PIXEL_DATA:
             return True
-        if tag in _CODES or tag > PIXEL_DATA or tag in (0x7FE00008, 0x7FE00009) or tag >> 24 == 0x60:
+        if tag in _CODES or tag in (0x7FE00008, 0x7FE00009) or tag >> 24 == 0x60:
             raise NotPlain
-        return self._done(iod, tag, vr, "") is not Action.REMOVE
+        wanted = self._done(iod, tag, vr, "") is not Action.REMOVE
+        if profile_cleans(self._profile) and (vr in ("PN", "SQ") or tag in _IDENTIFIERS) and tag < PIXEL_DATA:
+            return True  # its names are kept out of texts
+        if wanted and tag > PIXEL_DATA:
+            raise NotPlain
+        return wanted
 
     def _done(self, iod: str, tag: int, vr: str, parent: str) -> Action:
         """What is done to an element; raises NotPlain for what only the slow path knows."""
@@ -258,7 +281,7 @@ class Fast:
                 raise NotPlain
             return Action.REMOVE
         action = self._action(iod, tag, vr, parent)
-        if action is Action.CLEAN or (vr == "UN" and action is not Action.REMOVE):
+        if vr == "UN" and action is not Action.REMOVE:
             raise NotPlain
         return action
 
@@ -330,11 +353,32 @@ class Fast:
             self._profile, self._pseudonymiser, root, iod=iod, shift_days=shift_days, syntax=UID(syntax), tally=tally
         )
 
-    def _context(self, group: _Group, patient: _Patient) -> _Context:
-        key = (id(group), id(patient))
+    def _context(self, group: _Group, patient: _Patient, names: _Names) -> _Context:
+        key = (id(group), id(patient), names.words)
         known = self._contexts.get(key)
         if known is None or known.group is not group or known.patient is not patient:
-            known = self._contexts[key] = _Context(group, patient)
+            self._make_room()
+            known = self._contexts[key] = _Context(group, patient, names)
+        return known
+
+    def _names_of(self, data: bytes, found: list[Span], apart: dict[int, bytes], syntax: str) -> _Names:
+        """The person names at any level, and the identifiers at the top."""
+        implicit = syntax == _IMPLICIT
+        chunks = [apart[tag] for tag in (_CHARSET, _NAME, _PATIENT, _ISSUER) if tag in apart]
+        for tag, vr, start, value, end in found:
+            if tag in _IDENTIFIERS or (vr == "PN" and tag != _NAME):
+                chunks.append(data[start:end])
+            elif vr == "SQ":
+                names: list[bytes] = []
+                _find_names(data, value, end, implicit, names, 0)
+                if names:
+                    chunks.append(data[start:end])
+        key = tuple(chunks)
+        known = self._names.get(key)
+        if known is None:
+            self._make_room(sum(map(len, chunks)))
+            root = _dataset({_number(chunk): chunk for chunk in chunks}, syntax)
+            known = self._names[key] = _Names(root, own_words(root))
         return known
 
     def _count(
@@ -356,7 +400,7 @@ class Fast:
             if tag in _TOGETHER:
                 continue
             if tag not in elements:
-                name = keyword_for_tag(tag)
+                name = _name(tag)
                 counts.pop((name, self._done(iod, tag, vr, "").name), None)
                 counts[name, Action.REMOVE.name] = 1
             elif vr == "SQ" and self._done(iod, tag, vr, "") is Action.RECURSE:
@@ -366,13 +410,12 @@ class Fast:
 
     def _usual(self, iod: str, found: list[Span], passed: Passed) -> Tally:
         """What is counted of the elements of a layout if all that are kept can be, sequences' items left out."""
-        tags = (BaseTag(tag) for tag, _ in passed)
-        names = [keyword_for_tag(tag) or str(tag) for tag in tags if not tag.is_private_creator]
+        names = [_name(tag) for tag, _ in passed if not BaseTag(tag).is_private_creator]
         usual = Counter({(name, Action.REMOVE.name): 1 for name in names})
         for tag, vr, _, _, _ in found:
             action = Action.REMOVE if tag in _TOGETHER else self._done(iod, tag, vr, "")
             if tag not in _TOGETHER and action is not Action.RECURSE:
-                usual[keyword_for_tag(tag), action.name] = 1
+                usual[_name(tag), action.name] = 1
         usual["PixelData", Action.KEEP.name] = 1
         return usual
 
@@ -406,12 +449,14 @@ class Fast:
         if key in group.refused:
             raise NotPlain
         action = self._done(group.iod, tag, vr, parents[-1] if parents else "")
-        if action is Action.RECURSE:
+        if action is Action.REMOVE:
+            piece, moved = b"", False
+        elif action is Action.RECURSE:
             piece, tally = self._sequence(context, tag, chunk, header, parents)
-            moved = any(name == Action.SHIFT.name for _, name in tally)
+            moved = not _APART.isdisjoint(name for _, name in tally)
             (context if moved else group).tallies[key] = tally
         else:
-            moved, value = action is Action.SHIFT, chunk[header:]
+            moved, value = action.name in _APART, chunk[header:]
             found = self._from_value(context, tag, vr, action, chunk, value, parents)
             if found is None and tag in _NEEDED and not parents:
                 raise NotPlain
@@ -490,8 +535,7 @@ class Fast:
             if action is Action.RECURSE and piece:
                 tally.update(context.tallies.get(key) or group.tallies[key])
             elif piece or not BaseTag(tag).is_private_creator:
-                name = keyword_for_tag(tag) or str(BaseTag(tag))
-                tally[".".join((*parents, name)), (action if piece else Action.REMOVE).name] += 1
+                tally[".".join((*parents, _name(tag))), (action if piece else Action.REMOVE).name] += 1
         content = b"".join(written)
         return b"\xfe\xff\x00\xe0" + len(content).to_bytes(4, "little") + content
 
@@ -502,7 +546,7 @@ class Fast:
         group, tally = context.group, Counter[tuple[str, str]]()
         alone = {_CHARSET: group.charset} if group.charset else {}
         ds = _dataset(alone | {tag: chunk}, group.syntax)
-        items = self._items(ds, group.iod, context.patient.shift_days, group.syntax, tally)
+        items = self._items(context.names.root, group.iod, context.patient.shift_days, group.syntax, tally)
         items.path = list(parents)
         out = items.clean(ds, parents[-1] if parents else "")
         if any(not text.isascii() for text in texts_of(out)):
@@ -527,7 +571,7 @@ class Fast:
         if self._kept > _MOST:
             self._kept = 0
             kept: tuple[dict[Any, Any], ...] = (
-                self._together, self._groups, self._patients, self._contexts, self._described, self._actions
+                self._together, self._groups, self._patients, self._names, self._contexts, self._described, self._actions
             )  # fmt: skip
             for each in kept:
                 each.clear()
@@ -546,6 +590,32 @@ def _split(out: Dataset, implicit: bool) -> dict[int, bytes]:
     write_dataset(buffer, out)
     data = buffer.getvalue()
     return {tag: data[start:end] for tag, _, start, _, end in spans.scan(data, 0, len(data), implicit=implicit)}
+
+
+def profile_cleans(profile: Profile) -> bool:
+    """Whether some text may be cleaned by a vocabulary, which takes the instance's own names out."""
+    return bool(profile.options)
+
+
+def _find_names(data: bytes, start: int, end: int, implicit: bool, names: list[bytes], depth: int) -> None:
+    """The person names in a sequence's items."""
+    if depth > MAX_DEPTH:
+        raise NotPlain
+    for begin, finish in spans.items(data, start, end, implicit=implicit):
+        for _, vr, first, value, following in spans.scan(data, begin, finish, implicit=implicit):
+            if vr == "PN":
+                names.append(data[first:following])
+            elif vr == "SQ":
+                _find_names(data, value, following, implicit, names, depth + 1)
+
+
+def _name(tag: int) -> str:
+    """As the tally names an attribute."""
+    return keyword_for_tag(tag) or str(BaseTag(tag))
+
+
+def _number(chunk: bytes) -> int:
+    return int.from_bytes(chunk[:2], "little") << 16 | int.from_bytes(chunk[2:4], "little")
 
 
 def _forget(tally: Tally, name: str) -> None:
