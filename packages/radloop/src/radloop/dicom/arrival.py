@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
+from typing import Protocol
 
 import msgspec
 
@@ -12,6 +14,16 @@ from radloop.dicom.landed import Buffer
 from radloop.errors import DataError
 
 _FIRST_BYTES = 4096
+
+
+class Aside(Protocol):
+    """Does things in another thread, in order."""
+
+    def __call__(self, task: Callable[..., object], *arguments: object) -> None:
+        """Begin."""
+
+    def wait(self) -> None:
+        """Return when all is done; raises what was raised."""
 
 
 class OutcomeKind(StrEnum):

@@ -33,7 +33,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 
@@ -49,6 +48,7 @@ from radloop.catalog.schema import (
 )
 from radloop.catalog.store import Catalog
 from radloop.dicom.arrival import Arrival as Arrival  # this room's words
+from radloop.dicom.arrival import Aside as Aside
 from radloop.dicom.arrival import Mismatch as Mismatch
 from radloop.dicom.arrival import Outcome as Outcome
 from radloop.dicom.arrival import OutcomeKind as OutcomeKind
@@ -73,16 +73,6 @@ class Recovered(msgspec.Struct, frozen=True, kw_only=True):
     registered: int
     removed: int
     unknown: int
-
-
-class Aside(Protocol):
-    """Does things in another thread, in order."""
-
-    def __call__(self, task: Callable[..., object], *arguments: object) -> None:
-        """Begin."""
-
-    def wait(self) -> None:
-        """Return when all is done; raises what was raised."""
 
 
 class _Item(msgspec.Struct):
@@ -189,11 +179,17 @@ class Landing:
         arrival = item.arrival
         assert isinstance(arrival, Received)
         placed = Placed(self.landed(item.sha256), arrival.data, arrival.spool)
-        try:
-            aside(self._name, item) if aside is not None else self._name(item)
-        finally:
-            placed.flush()
-            if aside is not None:
+        if aside is None:
+            try:
+                self._name(item)
+            finally:
+                placed.flush()
+        else:
+            aside(self._name, item)
+            aside(placed.flush_name)
+            try:
+                placed.flush_file()
+            finally:
                 aside.wait()
         if item.row is None or self._record_together(item.row) is not Recorded.NEW:
             return False

@@ -137,13 +137,19 @@ class Incoming:
         self.size += count
         if self.failure is not None:
             return
+        self._write(new)
         if self._held and self.aside is not None:
-            self.aside(self._digest.update, new)
+            self.aside(self._go_ahead, new)
         else:
             self._digest.update(new)
-        self._write(new)
         if self._held:
             self._at += count
+
+    def _go_ahead(self, new: memoryview) -> None:
+        """Aside: the disk begins, and the digest goes on."""
+        if self._file is not None:
+            landed.start_writing(self._file)
+        self._digest.update(new)
 
     def complete(self) -> Received:
         """The whole instance, its header sealed. Valid until `close`.
@@ -213,7 +219,7 @@ class Incoming:
             self.failure = _told(error)
             os.ftruncate(self._file, 0)
         if self.size // _WRITE_OUT_BYTES > (self.size - len(data)) // _WRITE_OUT_BYTES:
-            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)  # not all of it at the end
+            landed.start_writing(self._file)  # not all of it at the end
 
 
 def _told(error: OSError) -> Exception:
