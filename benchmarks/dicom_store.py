@@ -1,6 +1,6 @@
 """C-STORE received: radloop and its peers, one and four associations, the same sender, in one run.
 
-Method: 400 CT slices of 512 x 512 (520 KB) of one study, each with its own SOPInstanceUID, their files in the page cache.
+Method: 800 CT slices of 512 x 512 (520 KB) of one study, each with its own SOPInstanceUID, their files in the page cache.
 dcmtk's `storescu` sends them, over one association or a quarter each over four. Every server runs in turn, A B C A B C, each
 round with an empty store; its start is not timed. TCP_NODELAY on both ends, 128 KB PDUs everywhere. Medians over the rounds.
 What an answer means differs: radloop's says that the file is fsynced and the instance in the catalog. Orthanc runs with
@@ -11,7 +11,7 @@ CPU is the server's, user and system, a file.
 Promises, on a machine of two cores that does nothing else: 690 files a second with one association, 990 with four. Exits with 1
 where one is not kept.
 
-    python benchmarks/dicom_store.py [--instances 400] [--rounds 3] [--only radloop,orthanc,storescp,pynetdicom]
+    python benchmarks/dicom_store.py [--instances 800] [--rounds 3] [--only radloop,orthanc,storescp,pynetdicom]
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def limit(study: Path, scratch: Path) -> float:
 def main() -> int:
     """Print the table; the exit code."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--instances", type=int, default=400)
+    parser.add_argument("--instances", type=int, default=800)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default=",".join(SERVERS))
     parser.add_argument("--serve", nargs=3, metavar=("KIND", "HOME", "PORT"))

@@ -118,7 +118,7 @@ def register(app: typer.Typer) -> None:
                 ("since", row.created_at[:19]),
                 ("state", row.state + (f" by {row.by}" if row.by else "")),
                 ("instance", row.sop_uid),
-                ("bytes", f"sha256 {row.source_sha256}"),
+                ("identity", f"sha256 {row.source_sha256}, of transfer syntax and data set if it is DICOM"),
                 ("release", "possible" if row.reason in RELEASABLE else "not possible: it cannot be used as it is"),
             ],
         )
