@@ -23,6 +23,7 @@ from pydicom.dataset import Dataset
 
 from radloop.catalog.reason import Reason
 from radloop.cli.app import run_app
+from radloop.testing.burned import burn
 
 from .conftest import NAME, Ran, write_dicom
 
@@ -37,7 +38,9 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.
 
     def run(*arguments: str | Path) -> Ran:
         capsysbinary.readouterr()
-        code = run_app(["deidentify", *map(str, arguments)])
+        words = [*map(str, arguments)]
+        off = [] if "--pixels" in words else ["--pixels", "off"]  # recognition takes its time, and has its own tests
+        code = run_app(["deidentify", *words, *off])
         said = capsysbinary.readouterr()
         return Ran(code, said.out.decode(), said.err.decode())
 
@@ -270,6 +273,30 @@ def test_one_file(alone: Run, export: Path, tmp_path: Path) -> None:
     assert len(outputs(tmp_path / "out")) == 1
 
 
+def test_text_in_the_pixels_is_removed_or_the_image_refused(alone: Run, tmp_path: Path) -> None:
+    """A name burned into a radiograph survives any cleaning of headers."""
+    path = write_dicom(tmp_path / "in/1", study=1)
+    ds = pydicom.dcmread(path)
+    image = np.full((240, 480), 300, np.uint16)
+    burn(image, "SCHNACKEL MARTHA 07.07.1951", at=(20, 20), size_px=24, value=4000)
+    ds.Rows, ds.Columns, ds.PixelData = 240, 480, image.tobytes()
+    ds.save_as(path)
+    ran = alone(tmp_path / "in", tmp_path / "out", "--pixels", "clean", "--json")
+    assert ran.code == 0, ran.err
+    (row,) = ran.json["pixels"]
+    assert row["decision"].endswith("text removed") and row["files"] == 1
+    (name,) = outputs(tmp_path / "out")
+    out = pydicom.dcmread(tmp_path / "out" / name)
+    assert out.BurnedInAnnotation == "NO" and out.pixel_array.max() < 4000
+    assert "113101" in [item.CodeValue for item in out.DeidentificationMethodCodeSequence]
+    assert "looked at for text: rule" in alone("--explain", path, "--pixels", "clean").out
+    refused = alone(tmp_path / "in", tmp_path / "out2", "--pixels", "refuse", "--json")
+    assert refused.code == 3 and refused.json["refused"][0]["reason"] == "BURNED_IN_TEXT"
+    assert outputs(tmp_path / "out2") == {}
+    off = alone(tmp_path / "in", tmp_path / "out3", "--json").json
+    assert "Look for text in the pixels of 1 file, or of a sample: radloop did not." in off["left"]
+
+
 def test_with_a_project_it_uses_its_key(alone: Run, export: Path, tmp_path: Path, project: Path) -> None:
     """Images cleaned beside the loop must join those in its archive."""
     told = alone(export, tmp_path / "out", "--project", project, "--json").json
@@ -320,7 +347,7 @@ def many(folder: Path, count: int) -> Path:
 
 
 def start(source: Path, target: Path, key: Path, *more: str) -> subprocess.Popen[str]:
-    words = ["deidentify", str(source), str(target), "--key", str(key), *more]
+    words = ["deidentify", str(source), str(target), "--key", str(key), "--pixels", "off", *more]
     return subprocess.Popen(
         [sys.executable, "-m", "radloop.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -47,6 +47,12 @@ def register(app: typer.Typer) -> None:
             list[str] | None,
             typer.Option("--option", metavar="NAME", help="An option of PS3.15 by name or code; may be repeated."),
         ] = None,
+        pixels: Annotated[
+            str | None,
+            typer.Option(
+                "--pixels", help="Text in pixels: clean, refuse, or off (not looked for).", show_default="clean"
+            ),
+        ] = None,
         key: Annotated[
             Path | None,
             typer.Option(
@@ -90,7 +96,7 @@ def register(app: typer.Typer) -> None:
         is refused, counted and never copied. The same key gives the same pseudonyms in every run: keep it, and keep it
         from who gets the images. Exit code 3 if files were refused.
         """
-        recipe = _recipe(profile, option or [], key, site, project, make=not dry_run and explain is None)
+        recipe = _recipe(profile, option or [], pixels, key, site, project, make=not dry_run and explain is None)
         if explain is not None:
             _explain(explain, recipe, values=show_values, json=json)
             return
@@ -153,25 +159,36 @@ def _say(summary: Summary, told: dict[str, Any], report: Path | None) -> None:
 
 
 def _recipe(
-    profile: str | None, options: list[str], key: Path | None, site: str, project: Path | None, *, make: bool
+    profile: str | None,
+    options: list[str],
+    pixels: str | None,
+    key: Path | None,
+    site: str,
+    project: Path | None,
+    *,
+    make: bool,
 ) -> Recipe:
     from radloop.dicom.batch import Recipe
+    from radloop.settings import Deidentify, secret
 
     check_code(site, "--site")
+    told = Deidentify()
     if project is not None:
         from radloop.cli.common import settings_at
-        from radloop.settings import secret
 
         told = settings_at(project).deidentify
-        data = secret(told.key, project) if key is None else _read_key(key, make=make)
-        return Recipe(
-            key=bytes.fromhex(data.decode()),
-            profile=profile or told.profile,
-            options=tuple(options or getattr(told, "options", ())),
-            site=site,
-        )
-    data = _read_key(key or _own_key(), make=make)
-    return Recipe(key=bytes.fromhex(data.decode()), profile=profile or "research", options=tuple(options), site=site)
+    theirs = None if key is not None else project
+    data = _read_key(key or _own_key(), make=make) if theirs is None else secret(told.key, theirs)
+    recipe = Recipe(
+        key=bytes.fromhex(data.decode()),
+        profile=profile or told.profile,
+        options=tuple(options or told.options),
+        pixels=pixels or getattr(told, "pixels", "clean"),  # type: ignore[arg-type] # Pixels checks it
+        pixel_rules=tuple(getattr(told, "pixel_rules", ())),
+        site=site,
+    )
+    recipe.deidentifier()  # whatever is wrong with it, before a file is read
+    return recipe
 
 
 def _own_key() -> Path:

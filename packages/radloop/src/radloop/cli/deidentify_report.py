@@ -57,6 +57,7 @@ def facts(summary: Summary, recipe: Recipe, *, dry_run: bool) -> dict[str, Any]:
         "codes": [{"value": value, "meaning": meaning} for value, meaning in profile.codes],
         "temporal": profile.temporal,
         "table": TABLE_SOURCE,
+        "pixels_mode": recipe.pixels,
         "site": recipe.site,
         "key_id": deidentifier.pseudonymiser.key_id,
         "files": {
@@ -86,11 +87,9 @@ def _refused(summary: Summary) -> list[dict[str, Any]]:
 
 def _left(summary: Summary, profile: str, shifts: bool, keeps: bool) -> list[str]:
     """What the reader must still see to."""
-    from radloop.dicom.batch import NOT_LOOKED_AT
-
-    unseen = summary.pixels[NOT_LOOKED_AT]
+    unseen = sum(count for decision, count in summary.pixels.items() if decision.endswith("not looked at"))
     said = [
-        f"Look for text in the pixels of {output.plural(unseen, 'file')}: radloop did not."
+        f"Look for text in the pixels of {output.plural(unseen, 'file')}, or of a sample: radloop did not."
         if unseen
         else "Look at a sample of the images: what was done about text in the pixels is under Pixels.",
         "Faces in head CT and MR are not removed.",

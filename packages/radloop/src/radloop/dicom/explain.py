@@ -88,6 +88,7 @@ def explain(ds: Dataset, deidentifier: Deidentifier, *, site: str, values: bool 
 class _Explainer:
     def __init__(self, deidentifier: Deidentifier, iod: str, values: bool) -> None:
         self.profile, self.iod, self.values = deidentifier.profile, iod, values
+        self.decide = deidentifier.pixels.decide
         self.options = [OPTIONS[name] for name in self.profile.options]
 
     def items(self, before: Dataset, after: Dataset | None, path: str, parent: str) -> Iterator[Explained]:
@@ -108,6 +109,8 @@ class _Explainer:
             if action is Action.CODE:
                 local = text_of(after or Dataset(), keyword_for_tag(tag)) in LOCAL_CODE.values()
                 action = Action.REMOVE if local else Action.KEEP_TEXT
+            if not path and name == "PixelData":
+                why = self._pixels(before)
             done = action.name
             if not path and name in _STAMPED:
                 done, why = "STAMP", _STAMPED[name]
@@ -131,6 +134,11 @@ class _Explainer:
         if self.values:
             shown = (_shown(before[tag]) if before is not None else "", _shown(new) if new is not None else "")
         return Explained(path=name, vr=vr, action=action, why=why, before=shown[0], after=shown[1])
+
+    def _pixels(self, ds: Dataset) -> str:
+        decision = self.decide(ds)
+        looked = "looked at for text" if decision.look else "not looked at for text"
+        return f"{looked}: rule {decision.rule}, {decision.why}"
 
     def _why(self, tag: int, vr: str, parent: str, action: Action) -> str:
         row = table().get(tag)

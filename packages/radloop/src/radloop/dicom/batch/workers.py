@@ -13,10 +13,12 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import msgspec
 
 from radloop.dicom.batch.journal import Entry, Tally
+from radloop.dicom.burned_in import Mode, Pixels
 from radloop.dicom.deidentify import Deidentifier
 from radloop.dicom.profile import chosen
 from radloop.dicom.uids import Pseudonymiser
@@ -34,14 +36,18 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     key: bytes
     profile: str = "research"
     options: tuple[str, ...] = ()
+    pixels: Mode = "clean"
+    pixel_rules: tuple[dict[str, Any], ...] = ()
     site: str = "local"
 
     def __repr__(self) -> str:
-        return f"Recipe({self.profile!r}, {self.options!r}, {self.site!r})"
+        return f"Recipe({self.profile!r}, {self.options!r}, {self.pixels!r}, {self.site!r})"
 
     def deidentifier(self) -> Deidentifier:
-        """What cleans by it. Raises SettingsError: a key, profile or option that is none."""
-        return Deidentifier(Pseudonymiser(self.key), profile=chosen(self.profile, self.options))
+        """What cleans by it. Raises SettingsError: a key, profile, option or rule that is none; no text recognition."""
+        who = Pseudonymiser(self.key)
+        pixels = Pixels(self.pixels, self.pixel_rules, draw=who.fraction)
+        return Deidentifier(who, profile=chosen(self.profile, self.options), pixels=pixels)
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
@@ -160,7 +166,7 @@ def _one(task: Task, deidentifier: Deidentifier, site: str) -> Done:
         outcome="cleaned",
         file=f"{cleaned.patient}/{cleaned.study_uid}/{cleaned.series_uid}/{cleaned.sop_uid}.dcm",
         sha256=cleaned.file_sha256,
-        pixels=getattr(cleaned, "pixels", ""),
+        pixels=cleaned.pixels,
         tally=tuple(sorted((path, action, count) for (path, action), count in tally.items())),
     )
 
