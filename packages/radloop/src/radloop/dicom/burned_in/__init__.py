@@ -18,7 +18,7 @@ from radloop.catalog.reason import Reason
 from radloop.dicom import spans
 from radloop.dicom.burned_in.ocr import Box, Reader, View, check_installed
 from radloop.dicom.burned_in.redact import emptied
-from radloop.dicom.burned_in.rules import Attributes, Rules, declares_text, sampled
+from radloop.dicom.burned_in.rules import Attributes, Rule, Rules, declares_text, sampled
 from radloop.dicom.layout import Picker
 from radloop.errors import DicomError, SettingsError
 from radloop.imaging.frames import displayed, stored_frames
@@ -32,8 +32,10 @@ _AROUND = 48
 """Pixels beside what changed between two frames that are looked at with it."""
 _HEADER = str.split(
     """SOPClassUID ImageType Modality ConversionType Manufacturer ManufacturerModelName SeriesDescription
-    SoftwareVersions SeriesInstanceUID InstanceNumber Rows Columns BurnedInAnnotation"""
+    SoftwareVersions Rows Columns BurnedInAnnotation SeriesInstanceUID InstanceNumber"""
 )
+_ROWS, _DECLARED, _INSTANCE = (_HEADER.index(k) for k in ("Rows", "BurnedInAnnotation", "SeriesInstanceUID"))
+_MOST = 4096
 _READER = Reader()
 
 
@@ -87,6 +89,7 @@ class Pixels:
             check_installed()
         self.mode, self._rules, self._draw = mode, Rules(rules), draw
         self.digest: str = _digest(mode, self._rules)
+        self._alike: dict[tuple[bytes | None, ...], Rule] = {}
         self._picker = Picker([tag_for_keyword(keyword) or 0 for keyword in _HEADER], whole=False)
 
     def decide(self, ds: Attributes) -> Decision:
@@ -97,7 +100,9 @@ class Pixels:
         """
         if ds.get("Rows") is None:
             return Decision(False, "no-pixels", "no image")
-        rule = self._rules.first(ds)
+        return self._decide(ds, self._rules.first(ds))
+
+    def _decide(self, ds: Attributes, rule: Rule) -> Decision:
         declared = declares_text(ds)
         if rule.action == "refuse" or (declared and self.mode == "off"):
             raise DicomError(
@@ -120,12 +125,20 @@ class Pixels:
         Raises:
             NotPlain, NeedMore: as `spans.scan`. DicomError: as `decide`.
         """
-        header: dict[str, Any] = {}
         places = self._picker.pick(data, spans.meta_end(data), len(data), implicit=implicit)
-        for keyword, place in zip(_HEADER, places, strict=True):
-            if place is not None:
-                header[keyword] = _value(keyword, bytes(data[place[0] : place[1]]))
-        return self.decide(header)
+        raw = [None if place is None else bytes(data[place[0] : place[1]]) for place in places]
+        if raw[_ROWS] is None:
+            return self.decide({})
+        # The rules know nothing of one image in a series, only the sample does.
+        alike = tuple(raw[:_INSTANCE])
+        rule = self._alike.get(alike)
+        which = slice(None) if rule is None else slice(_DECLARED, None)
+        header = {k: _value(k, value) for k, value in zip(_HEADER[which], raw[which], strict=True) if value is not None}
+        if rule is None:
+            if len(self._alike) >= _MOST:
+                self._alike.clear()
+            rule = self._alike[alike] = self._rules.first(header)
+        return self._decide(header, rule)
 
     def cleaned(self, ds: Dataset) -> Dataset | None:
         """Look at every frame; None if nothing was found, else a copy without the text (see `redact.emptied`).

@@ -14,6 +14,7 @@ from radloop.dicom.phi.words import Charset, text_values
 from radloop.dicom.profile import NUMBER_VRS, TEXT_VRS
 from radloop.dicom.spans import PIXEL_DATA, Buffer, NotPlain, Span, items, scan
 
+_LAST = PIXEL_DATA - 3
 Seen = tuple[str, int, str, bytes | tuple[str, ...], Charset]
 """One element that is no sequence: path of its item (empty, or `KeywordSequence[0].`), tag, VR, value, character set.
 The value as its bytes stand in the file, or as texts where somebody has decoded it."""
@@ -106,6 +107,11 @@ class Reader:
                     self._sequences.clear()
                 self._sequences[key] = found
         return found
+
+
+def layouts_of(dull: Mapping[tuple[int, str], bool]) -> Layouts:
+    """What finds the elements that are not dull in the files of one scanner, for `seen_in`."""
+    return Layouts(lambda tag, vr: not dull[tag, vr if len(vr) == 2 and vr != "UN" else _vr(vr, tag)], last=_LAST)
 
 
 def _charset(ds: Dataset, inherited: Charset) -> Charset:
