@@ -18,6 +18,7 @@ from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from radloop.catalog.reason import Reason
+from radloop.dicom.burned_in import Pixels
 from radloop.dicom.deidentify import Deidentifier, read
 from radloop.dicom.deidentify.descriptors import cleaned
 from radloop.dicom.profile import CODE_TEXT, KEPT_TEXT, OPTIONS, TEXT_VRS, chosen
@@ -243,6 +244,15 @@ def test_an_element_in_another_vr_than_the_lists_goes(vr: str, value: object) ->
     assert not [e for e in out if e.tag.is_private]
 
 
+# ---- pixels
+
+
+def test_the_option_for_pixels_cannot_be_chosen_and_not_done() -> None:
+    """113101 in the settings and nobody looking at pixels: who chose it would believe that somebody does."""
+    with pytest.raises(SettingsError, match="clean-pixel-data"):
+        Deidentifier(NAMES, profile=chosen("basic", ["113101"]), pixels=Pixels("off"))
+
+
 # ---- faces
 
 
@@ -266,7 +276,9 @@ def test_heads_are_refused_where_faces_must_not_show() -> None:
 _TAGS = sorted(tag for tag, entry in DicomDictionary.items() if entry[0] in TEXT_VRS and entry[4] and tag >> 16 > 8)
 _SEQUENCES = sorted(tag for tag, entry in DicomDictionary.items() if entry[0] == "SQ" and entry[4])
 _KEEPS = {"LO", "SH", "ST", "LT", "UT", "UC", "PN", "AE", "UR"}
-RETAIN = [name for name in OPTIONS if name not in ("retain-modified-dates", "clean-visual-features")]
+RETAIN = [
+    name for name in OPTIONS if name not in ("retain-modified-dates", "clean-visual-features", "clean-pixel-data")
+]
 
 
 @st.composite

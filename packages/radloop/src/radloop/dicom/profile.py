@@ -241,6 +241,11 @@ class Profile:
         return "retain-uids" in self.options
 
     @property
+    def cleans_pixels(self) -> bool:
+        """Whether text in the pixels must be looked for and removed."""
+        return "clean-pixel-data" in self.options
+
+    @property
     def cleans_faces(self) -> bool:
         """Whether images that may show a face must not pass as they are."""
         return "clean-visual-features" in self.options

@@ -39,7 +39,7 @@ from radloop.dicom.header import check_whole
 from radloop.dicom.profile import Action, Profile, named, table, tables_digest
 from radloop.dicom.tags import describe
 from radloop.dicom.uids import Pseudonymiser
-from radloop.errors import PhiError
+from radloop.errors import PhiError, RadloopError, SettingsError
 
 __all__ = ["DUMMY_TEXT", "TRANSFER_SYNTAXES", "CleanedFile", "Deidentifier", "read"]
 
@@ -71,10 +71,11 @@ class Deidentifier:
     Args:
         pseudonymiser: the project's.
         profile: `research` (dates shifted, sex and age kept), `basic` (neither), or what `profile.chosen` made.
-        pixels: finds and removes text in the pixels; None: nobody looks, and what the header declares is refused.
+        pixels: finds and removes text in the pixels; None: nobody looks, and what the header declares is refused, unless
+            the profile has the option clean-pixel-data.
 
     Raises:
-        SettingsError: no such profile.
+        SettingsError: no such profile, or `pixels` contradicts it.
     """
 
     def __init__(
@@ -82,7 +83,13 @@ class Deidentifier:
     ) -> None:
         self.pseudonymiser = pseudonymiser
         self.profile: Profile = profile if isinstance(profile, Profile) else named(profile)
-        self.pixels = pixels or Pixels("off")
+        self.pixels = pixels or Pixels("clean" if self.profile.cleans_pixels else "off")
+        if self.profile.cleans_pixels and self.pixels.mode != "clean":
+            raise SettingsError(
+                "the option clean-pixel-data (113101) is chosen, and text in pixels is not to be cleaned",
+                expected='[deidentify] pixels = "clean"',
+                got=self.pixels.mode,
+            )
         self.digest: str = _digest(self.profile, self.pixels)
         self._fast = Fast(self.profile, pseudonymiser, self._clean)
         self._codes = frozenset(code for code, _ in self.profile.codes)
@@ -116,8 +123,13 @@ class Deidentifier:
     ) -> tuple[Dataset, Dataset, str]:
         """The pixels and then the header: the clean instance, what its pixels are of, what was done about them."""
         check(ds, self.profile, self.pseudonymiser.key_id)  # before a codec is asked
-        decision = self.pixels.decide(ds)
-        without = self.pixels.cleaned(ds) if decision.reads_pixels else None
+        try:
+            decision = self.pixels.decide(ds)
+            without = self.pixels.cleaned(ds) if decision.reads_pixels else None
+        except (RadloopError, OSError, MemoryError):
+            raise
+        except Exception as error:  # noqa: BLE001 - bytes that are not what their VR says; the message may quote them
+            refuse(Reason.NOT_DICOM, f"the image's header cannot be read ({type(error).__name__})", "DICOM elements")
         out = self._clean(ds if without is None else without, site, tally)
         if without is not None:
             out.BurnedInAnnotation = "NO"
