@@ -33,6 +33,8 @@ def prepare(settings: Settings) -> Pipeline:
         received=arrived.received,
         profile=settings.deidentify.profile,
         options=list(settings.deidentify.options),
+        pixels=settings.deidentify.pixels,
+        pixel_rules=list(settings.deidentify.pixel_rules),
         key=key,
     )
     checked = b.add(

@@ -138,6 +138,8 @@ class Deidentify(_Section, frozen=True):
 
     profile: str = "research"
     options: tuple[str, ...] = ()
+    pixels: Literal["clean", "refuse", "off"] = "clean"
+    pixel_rules: tuple[dict[str, Any], ...] = ()
     key: str = "file:radloop.key"
     crosswalk_key: str = "file:crosswalk.key"
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import msgspec
 
@@ -13,10 +17,12 @@ from radloop.stage.execute import log, progress, track
 from radloop.stages.kinds import TABLE, Dataset, Instances, Labels, Schema, Tensors, Validation, Verdict
 
 if TYPE_CHECKING:
-    from radloop.catalog.schema import Instance
+    from radloop.catalog.schema import Archived, Instance, Refused
     from radloop.catalog.store import Catalog
     from radloop.dicom.landing import Landing
 
+T = TypeVar("T")
+R = TypeVar("R")
 _BATCH = 64
 CLASSES = {"1": 1, "0": 0}
 """Label values as `radloop labels import` stores them, whatever words the file used."""
@@ -133,15 +139,26 @@ def deidentify(
     home: Home,
     profile: str = "research",
     options: list[str] = [],  # noqa: B006 - stages never change their parameters
+    pixels: str = "clean",
+    pixel_rules: list[dict[str, Any]] = [],  # noqa: B006
     key: Secret = "file:radloop.key",
+    workers: int = 0,
 ) -> None:
-    """Write each instance's de-identified twin to the archive; what cannot be cleaned is quarantined with its reason."""
+    """Write each instance's de-identified twin to the archive; what cannot be cleaned is quarantined with its reason.
+
+    Args:
+        pixels, pixel_rules: what is done about text in the pixels, as `radloop.dicom.burned_in.Pixels` has them.
+        workers: threads (most of the time goes into networks that look for text, which let go of Python); 0: one a core.
+    """
     from radloop.catalog.audit import record
-    from radloop.catalog.schema import Archived, Refused
+    from radloop.catalog.schema import Archived
+    from radloop.dicom.burned_in import Pixels
     from radloop.dicom.deidentify import Deidentifier
     from radloop.stages.project import loop_profile, open_catalog, pseudonymiser
 
-    cleaner = Deidentifier(pseudonymiser(home, key), profile=loop_profile(profile, options))
+    names = pseudonymiser(home, key)
+    looking = Pixels(pixels, pixel_rules, draw=names.fraction)  # type: ignore[arg-type] # it says so itself
+    cleaner = Deidentifier(names, profile=loop_profile(profile, options), pixels=looking)
     with open_catalog(home) as catalog:
         wanted = {(row["sop_uid"], row["revision"]) for row in read_table(received.file(TABLE))}
         todo = [row for row in catalog.pending(deid_digest=cleaner.digest) if (row.sop_uid, row.revision) in wanted]
@@ -151,13 +168,9 @@ def deidentify(
             record(catalog.ledger, "landing read", "landing", actor="deidentify", pseudonyms=patients, detail=detail)
         done: list[Archived] = []
         refused: list[Refused] = []
-        for number, row in enumerate(track(todo, message="de-identify"), 1):
-            try:
-                done.append(_clean(cleaner, home, row))
-            except DicomError as error:
-                refused.append(
-                    Refused(sop_uid=row.sop_uid, revision=row.revision, reason=_reason(error.reason), detail=error.what)
-                )
+        results = in_order(functools.partial(_clean, cleaner, home), todo, workers)
+        for number, result in enumerate(track(results, len(todo), message="de-identify"), 1):
+            done.append(result) if isinstance(result, Archived) else refused.append(result)
             if number % _BATCH == 0 or number == len(todo):
                 catalog.mark_archived(done)
                 catalog.refuse(refused, stage="deidentify")
@@ -395,12 +408,15 @@ def write_instances(rows: list[Instance], path: Path) -> None:
     pq.write_table(pa.table({name: [row.get(name) for row in flat] for name in names}), path)
 
 
-def _clean(cleaner: Any, home: Path, row: Instance) -> Any:
-    from radloop.catalog.schema import Archived
+def _clean(cleaner: Any, home: Path, row: Instance) -> Archived | Refused:
+    from radloop.catalog.schema import Archived, Refused
 
     source = home / "landing" / row.source_sha256[:2] / f"{row.source_sha256}.dcm"
     relative = f"{row.study_uid}/{row.series_uid}/{row.sop_uid}.dcm"
-    cleaned = cleaner.clean_file(source, home / "archive" / relative, site=row.site)
+    try:
+        cleaned = cleaner.clean_file(source, home / "archive" / relative, site=row.site)
+    except DicomError as error:
+        return Refused(sop_uid=row.sop_uid, revision=row.revision, reason=_reason(error.reason), detail=error.what)
     if cleaned.patient != row.patient:
         raise DataError(
             "an instance's patient is another one in the catalog than in its header",
@@ -416,6 +432,16 @@ def _clean(cleaner: Any, home: Path, row: Instance) -> Any:
         deid_digest=cleaner.digest,
         tags=cleaned.tags,
     )
+
+
+def in_order(work: Callable[[T], R], items: Sequence[T], threads: int) -> Iterator[R]:
+    """Results in the items' order, from so many threads (0: one a core, at most eight); what one raises is raised."""
+    threads = threads or min(len(os.sched_getaffinity(0)), 8)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="radloop")
+    try:
+        yield from pool.map(work, items)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _reason(value: str) -> Any:

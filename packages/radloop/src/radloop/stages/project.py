@@ -178,6 +178,7 @@ def check(settings: Settings) -> None:
     Raises:
         SettingsError: an unknown name, with the nearest known one, or a value of a wrong type.
     """
+    from radloop.dicom.burned_in import Pixels
     from radloop.imaging.transforms import Preprocessing
     from radloop.learning.evaluate import EvaluateConfig
     from radloop.learning.gates import GateConfig
@@ -186,6 +187,7 @@ def check(settings: Settings) -> None:
     from radloop.serving.judge import Margins
 
     loop_profile(settings.deidentify.profile, settings.deidentify.options)
+    Pixels(settings.deidentify.pixels, settings.deidentify.pixel_rules)
     for name, values, struct in (
         ("preprocess", settings.preprocess, Preprocessing),
         ("train", settings.train, TrainConfig),

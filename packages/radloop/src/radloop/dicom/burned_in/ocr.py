@@ -54,6 +54,10 @@ class Box:
     x1: int
     y1: int
 
+    def meets(self, other: Box) -> bool:
+        """Whether the two share a pixel."""
+        return self.x0 < other.x1 and other.x0 < self.x1 and self.y0 < other.y1 and other.y0 < self.y1
+
     def wider(self, margin: float, shape: tuple[int, int]) -> Box:
         """With a margin in all directions, in shares of the shorter side and at least two pixels, inside `(rows, columns)`."""
         more = max(round(margin * min(self.x1 - self.x0, self.y1 - self.y0)), 2)
@@ -83,7 +87,7 @@ def check_installed() -> None:
 
 
 class Reader:
-    """Both networks, loaded once a process when first asked, each on one thread. Threads wait for one another."""
+    """Both networks, loaded once a process when first asked. Safe for threads: each call computes on its own thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -93,37 +97,18 @@ class Reader:
         """Where identifying text may stand: upright boxes, markers left out. Empty for what is too small to hold any."""
         if min(view.shape[:2]) < _SMALLEST:
             return []
-        with self._lock:
-            self._load()
-            quads = [quad for layer, scale in _looks(view) for quad in self._found(layer, scale)]
-            return [box for group in _groups(quads) for box in self._judged(view, group)]
+        self._load()
+        quads = [quad for layer, scale in _looks(view) for quad in self._found(layer, scale)]
+        judged = [self._judged(view, group) for group in _groups(quads)]
+        boxes = [box for said, box in judged if said == "text"]
+        shape = (view.shape[0], view.shape[1])
+        near = [box.wider(1.0, shape) for box in boxes]  # a letter beside a text is part of it
+        return boxes + [box for said, box in judged if said == "" and any(box.meets(other) for other in near)]
 
     def _load(self) -> None:
-        if self._engine is not None:
-            return
-        check_installed()
-        import cv2
-        import rapidocr
-
-        cv2.setNumThreads(1)
-        models = Path(rapidocr.__file__).parent / "models"
-        self._engine = rapidocr.RapidOCR(
-            params={
-                "Global.log_level": "error",
-                "Global.use_cls": False,
-                "EngineConfig.onnxruntime.intra_op_num_threads": 1,
-                "EngineConfig.onnxruntime.inter_op_num_threads": 1,
-                # Named, so that a missing one is an error and not a download.
-                "Det.model_path": str(models / "PP-OCRv6_det_small.onnx"),
-                "Rec.model_path": str(models / "PP-OCRv6_rec_small.onnx"),
-                "Det.limit_side_len": 32,
-                "Det.thresh": _INK,
-                "Det.box_thresh": _FOUND,
-            }
-        )
-        logging.getLogger("RapidOCR").setLevel(logging.ERROR)
-        self._engine._load_det_model()
-        self._engine._load_rec_model()
+        with self._lock:
+            if self._engine is None:
+                self._engine = _engine()
 
     def _found(self, layer: View, scale: float) -> Iterator[Quad]:
         """Boxes of one layer, in the view's pixels."""
@@ -137,43 +122,73 @@ class Reader:
             for quad in () if boxes is None else boxes:
                 yield (np.asarray(quad, dtype=np.float64) + np.array([x, y])) / scale
 
-    def _judged(self, view: View, group: list[Quad]) -> Iterator[Box]:
-        """The box of a group of overlapping findings, unless each of them reads as a marker or as nothing."""
-        text = [quad for quad in group if self._identifies(view, quad)]
-        if text:
-            corners = np.concatenate(text)
-            low, high = np.floor(corners.min(axis=0)), np.ceil(corners.max(axis=0)) + 1
-            rows, columns = view.shape[:2]
-            yield Box(max(int(low[0]), 0), max(int(low[1]), 0), min(int(high[0]), columns), min(int(high[1]), rows))
+    def _judged(self, view: View, group: list[Quad]) -> tuple[str, Box]:
+        """What a group of overlapping findings is (see `_said`), and the box of those that make it that."""
+        said = [self._said(view, quad) for quad in group]
+        verdict = next((word for word in ("text", "marker", "large") if word in said), "")
+        corners = np.concatenate([quad for quad, word in zip(group, said, strict=True) if word == verdict])
+        low, high = np.floor(corners.min(axis=0)), np.ceil(corners.max(axis=0)) + 1
+        rows, columns = view.shape[:2]
+        return verdict, Box(
+            max(int(low[0]), 0), max(int(low[1]), 0), min(int(high[0]), columns), min(int(high[1]), rows)
+        )
 
-    def _identifies(self, view: View, quad: Quad) -> bool:
-        """Whether what stands there reads as text, or as what may be text, and as no marker."""
+    def _said(self, view: View, quad: Quad) -> str:
+        """`text` for what reads as text or may be text, `marker`, `large` for what is too large for a text, or nothing."""
         from rapidocr.utils.process_img import get_rotate_crop_image
 
         crop = get_rotate_crop_image(_bgr(view), quad.astype(np.float32))
-        if min(crop.shape[:2]) < 2:
-            return False
-        large = min(crop.shape[:2]) > max(_LARGE * min(view.shape[:2]), _PAD)
-        long = max(crop.shape[:2]) > 2.5 * min(crop.shape[:2])
-        doubtful = False
+        short, long = sorted(crop.shape[:2])
+        if short < 2:
+            return ""
+        large = short > max(_LARGE * min(view.shape[:2]), _PAD)
+        readings: list[tuple[str, float]] = []
         for way in (crop, np.ascontiguousarray(crop[::-1, ::-1])):  # it may stand on its head
-            text, score = self._read(way)
-            if score >= _SURE and is_marker(text):
-                return False
-            count = letters(text)
-            if large:
-                doubtful |= count > 2 and score >= _CLEAR
-            else:
-                doubtful |= count > 2 or (count == 2 and (long or score >= _SURE))
-            if doubtful and score >= _CLEAR:
-                return True
-        return doubtful
+            readings.append(self._read(way))
+            if readings[-1][1] >= _CLEAR and (is_marker(readings[-1][0]) or letters(readings[-1][0]) > 2):
+                break
+        text, score = max(readings, key=lambda reading: reading[1])
+        if score >= _SURE and is_marker(text):
+            return "marker"
+        if large:
+            return "text" if any(letters(t) > 2 and s >= _CLEAR for t, s in readings) else "large"
+        least = 2 if long > 2.5 * short else 3
+        if any(letters(t) >= (2 if s >= _SURE else least) for t, s in readings):
+            return "text"
+        return ""
 
     def _read(self, crop: View) -> tuple[str, float]:
         from rapidocr.ch_ppocr_rec import TextRecInput
 
         answer = self._engine.text_rec(TextRecInput(img=[crop], return_word_box=False))
         return answer.txts[0], float(answer.scores[0])
+
+
+def _engine() -> Any:
+    check_installed()
+    import cv2
+    import rapidocr
+
+    cv2.setNumThreads(1)
+    models = Path(rapidocr.__file__).parent / "models"
+    engine: Any = rapidocr.RapidOCR(
+        params={
+            "Global.log_level": "error",
+            "Global.use_cls": False,
+            "EngineConfig.onnxruntime.intra_op_num_threads": 1,
+            "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+            # Named, so that a missing one is an error and not a download.
+            "Det.model_path": str(models / "PP-OCRv6_det_small.onnx"),
+            "Rec.model_path": str(models / "PP-OCRv6_rec_small.onnx"),
+            "Det.limit_side_len": 32,
+            "Det.thresh": _INK,
+            "Det.box_thresh": _FOUND,
+        }
+    )
+    logging.getLogger("RapidOCR").setLevel(logging.ERROR)
+    engine._load_det_model()
+    engine._load_rec_model()
+    return engine
 
 
 def letters(text: str) -> int:

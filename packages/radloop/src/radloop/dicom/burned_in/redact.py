@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, encapsulate_extended, generate_frames
 from pydicom.pixels.utils import pack_bits
@@ -171,8 +172,13 @@ def _reads_as(out: Dataset, wanted: NDArray[Any]) -> bool:
 
 
 def _copy(ds: Dataset) -> Dataset:
-    """A data set of its own with the same elements, still raw where they were."""
-    out = Dataset(dict(ds._dict))
+    """A data set of its own with the same elements, still raw where they were; those that change are copies."""
+    out = Dataset(
+        {
+            tag: element if isinstance(element, RawDataElement) else copy.copy(element)
+            for tag, element in ds._dict.items()
+        }
+    )
     implicit, little = ds.original_encoding
     out.set_original_encoding(bool(implicit), bool(little), ds._character_set)
     out.file_meta = copy.deepcopy(ds.file_meta)
