@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from radloop.dicom.burned_in import Pixels
 from radloop.dicom.deidentify import Deidentifier
 from radloop.dicom.profile import Profile, chosen, named
 from radloop.dicom.uids import Pseudonymiser
@@ -34,7 +35,10 @@ Outcome = tuple[dict[str, Output], Counter[str]]
 
 def radloop(profile: Profile, images: Path, folder: Path) -> Outcome:
     """Outputs by source file; why others were refused."""
-    cleaner, outputs, refused = Deidentifier(Pseudonymiser(bytes(range(32))), profile=profile), {}, Counter[str]()
+    pseudonymiser, pixels = Pseudonymiser(bytes(range(32))), Pixels("clean")
+    cleaner = Deidentifier(pseudonymiser, profile=profile, pixels=pixels)
+    outputs: dict[str, Output] = {}
+    refused: Counter[str] = Counter()
     for number, file in enumerate(sorted(images.rglob("*.dcm"))):
         target = folder / f"{number}.dcm"
         try:
@@ -120,7 +124,7 @@ def main(instances: int, seed: int, python: str) -> None:
         answers, images = read_key(folder / "answer_key.json"), folder / "images"
         cleaning = ["clean-descriptors", "clean-structured-content", "retain-safe-private"]
         for profile in (named("research"), named("basic"), chosen("research", cleaning)):
-            options = [code for code, *_ in profile.codes]
+            options = [*(code for code, *_ in profile.codes), "113101"]
             title = f"radloop {profile.name} ({', '.join(options)})"
             report(title, answers, radloop(profile, images, _fresh(folder)), options)
         tools: dict[str, Callable[[Path], Outcome]] = {
