@@ -313,7 +313,13 @@ def check_whole(data: bytes, ds: pydicom.Dataset) -> None:
         DicomError: TRUNCATED.
     """
     syntax = str(ds.file_meta.get("TransferSyntaxUID", "") or "")
-    _walk_file(data, syntax, {keyword: _value(ds, keyword) for keyword in _KEYWORDS})
+    values = {}
+    for keyword in _KEYWORDS:
+        try:
+            values[keyword] = _value(ds, keyword)
+        except Exception:  # noqa: BLE001 - unreadable, so it promises nothing
+            values[keyword] = ""
+    _walk_file(data, syntax, values)
 
 
 def _walk_meta(data: bytes) -> int:

@@ -50,7 +50,10 @@ def pixel_texts(value: bytes, transfer_syntax: str, native_bytes: int, frames: i
         tail = value[native_bytes:]
         yield from decodings(tail) if len(tail) > 1 else ()
         return
-    fragments = list(generate_fragments(value))
+    try:
+        fragments = list(generate_fragments(value))
+    except Exception:  # noqa: BLE001 - not fragments as PS3.5 section A.4 has them: read as one
+        fragments = [value]
     if frames == 1 and len(fragments) > 2:  # an offset table and one frame in pieces: a comment may lie across two
         fragments = [fragments[0], b"".join(fragments[1:])]
     reader = _rle_texts if transfer_syntax == _RLE else _jpeg2000_texts if transfer_syntax in _JPEG2000 else _jpeg_texts
