@@ -13,7 +13,7 @@ ARGS ?=
 PROJECT ?= .
 PORT ?= 8081
 # Debian packages that tests start; radloop itself needs none of them.
-TEST_PACKAGES := chromium dcmtk dicom3tools orthanc orthanc-dicomweb
+TEST_PACKAGES := chromium dcmtk dicom3tools openssl orthanc orthanc-dicomweb
 
 .PHONY: help
 help: ## list the targets

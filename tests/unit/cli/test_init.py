@@ -41,6 +41,7 @@ EXAMPLES = {
     *(("listen", "tls", name) for name in ("certificate", "key")),
     *(("listen", "stow", name) for name in ("port", "tokens")),
     *(("ingest", name) for name in ("folders", "pacs")),
+    ("deidentify", "pixel_rules"),
     ("pacs",),
     ("environments",),
 }

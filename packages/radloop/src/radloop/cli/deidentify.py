@@ -183,8 +183,8 @@ def _recipe(
         key=bytes.fromhex(data.decode()),
         profile=profile or told.profile,
         options=tuple(options or told.options),
-        pixels=pixels or getattr(told, "pixels", "clean"),  # type: ignore[arg-type] # Pixels checks it
-        pixel_rules=tuple(getattr(told, "pixel_rules", ())),
+        pixels=pixels or told.pixels,  # type: ignore[arg-type] # Pixels checks it
+        pixel_rules=told.pixel_rules,
         site=site,
     )
     recipe.deidentifier()  # whatever is wrong with it, before a file is read
