@@ -42,6 +42,8 @@ _SURE, _CLEAR = 0.6, 0.8
 """A reading below the first is no marker, and two letters are no text; what is large is text from the second on."""
 _LARGE = 0.25
 """Of the image's shorter side: a text of such a height is likelier to be a rib cage."""
+_LONG = 3
+"""A finding so many times as long as it is high is text even if it cannot be read: a script that the reader does not know."""
 _SPARSE = (12, 0.2)  # pixels, share: an extreme value that holds fewer or more is no text
 
 
@@ -152,8 +154,7 @@ class Reader:
             return "marker"
         if large:
             return "text" if any(letters(t) > 2 and s >= _CLEAR for t, s in readings) else "large"
-        least = 2 if long > 2.5 * short else 3
-        if any(letters(t) >= (2 if s >= _SURE else least) for t, s in readings):
+        if long > _LONG * short or any(letters(t) > (1 if s >= _SURE else 2) for t, s in readings):
             return "text"
         return ""
 
