@@ -20,7 +20,7 @@ from radloop.learning.gates import GateConfig
 from radloop.learning.train import TrainConfig
 from radloop.monitoring.drift import Thresholds
 from radloop.serving.judge import Margins
-from radloop.settings import DimsePacs, Folder, FromPacs, Settings, WebPacs, load
+from radloop.settings import Approver, DimsePacs, Folder, FromPacs, Settings, WebPacs, load
 
 from .conftest import Command, Ran
 
@@ -43,6 +43,7 @@ EXAMPLES = {
     *(("ingest", name) for name in ("folders", "pacs")),
     ("deidentify", "pixel_rules"),
     ("pacs",),
+    ("approvers",),
     ("environments",),
 }
 """What has no default and stands in the template as an example."""
@@ -65,6 +66,7 @@ def test_every_setting_stands_in_the_template() -> None:
         assert set(struct.__struct_fields__) == set(_at(told, path)), path
     assert set(Folder.__struct_fields__) == set(told["ingest"]["folders"][0])
     assert set(FromPacs.__struct_fields__) == set(told["ingest"]["pacs"][0])
+    assert set(Approver.__struct_fields__) == set(told["approvers"]["anna"])
     assert {*DimsePacs.__struct_fields__, "kind"} == set(told["pacs"]["main"])
     assert set(WebPacs.__struct_fields__) <= set(told["pacs"]["main"]) | set(told["pacs"]["web"])
 

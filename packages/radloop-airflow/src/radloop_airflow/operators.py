@@ -110,7 +110,9 @@ class RadloopOpenOperator(_Operator):
     def execute(self, context: Context) -> dict[str, Any]:
         """Ask `radloop engine open`; its run id and inputs."""
         with refused():
-            told = self.asked.ask("engine", "open", self.pipeline, "--engine", "airflow", "--spec", self.spec)
+            by = getattr(context["dag_run"], "triggering_user_name", None) or ""  # nobody, of a schedule or an asset
+            more = ("--engine", "airflow", "--spec", self.spec, "--by", by)
+            told = self.asked.ask("engine", "open", self.pipeline, *more)
         sweep(Path(self.project))
         self.log.info("run %s of %s, inputs: %s", told["run_id"], self.pipeline, told["inputs"] or "none")
         return told

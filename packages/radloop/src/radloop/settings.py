@@ -173,6 +173,19 @@ class Release(_Section, frozen=True):
     wait_s: float = 600.0
 
 
+class Approver(_Section, frozen=True):
+    """Who may approve: roles, and the OpenSSH public key (ssh-ed25519) by which the person, of the section's name, signs.
+
+    `users`: the person's other names, on this system and in Airflow. `vouches`: no person but a server, whose key signs for whom
+    it has logged in.
+    """
+
+    key: str
+    roles: tuple[str, ...] = ()
+    users: tuple[str, ...] = ()
+    vouches: bool = False
+
+
 class Serve(_Section, frozen=True):
     """Where predictions are served."""
 
@@ -235,6 +248,7 @@ class Settings(_Section, frozen=True):
     evaluate: dict[str, Any] = {}
     gates: dict[str, Any] = {}
     release: Release = Release()
+    approvers: dict[str, Approver] = {}
     serve: Serve = Serve()
     watch: Watch = Watch()
     alerts: Alerts = Alerts()
@@ -274,7 +288,7 @@ def _nearest(message: str) -> str | None:
     if "unknown field" not in message:
         return None
     wrong = message.split("`")[1]
-    sections: list[type[msgspec.Struct]] = [*_sections(Settings), Token, Folder, FromPacs, DimsePacs, WebPacs]
+    sections: list[type[msgspec.Struct]] = [*_sections(Settings), Token, Folder, FromPacs, DimsePacs, WebPacs, Approver]
     names = {n for section in sections for n in section.__struct_fields__}
     near = difflib.get_close_matches(wrong, names, 1)
     return f"did you mean {near[0]!r}?" if near else None

@@ -37,6 +37,16 @@ def register(app: typer.Typer) -> None:
         by: Annotated[
             str | None, typer.Option("--by", metavar="NAME", help="Your name.", show_default="the system's user")
         ] = None,
+        key: Annotated[
+            Path | None,
+            typer.Option(
+                "--key",
+                metavar="FILE",
+                envvar="RADLOOP_APPROVAL_KEY",
+                help="The private key that signs, where [approvers] names who may.",
+                show_default="~/.ssh/id_ed25519",
+            ),
+        ] = None,
         project: Project = HERE,
         json: Json = False,
     ) -> None:
@@ -44,17 +54,20 @@ def register(app: typer.Typer) -> None:
 
         `radloop status` shows what waits and for which role. The approval is of that exact digest: a model trained
         again, or a gate with other figures, waits anew. It cannot be taken back, only overtaken (`radloop rollback`).
+        Where [approvers] in radloop.toml names people, it is signed by ssh-keygen, and who trained the model may not.
         """
         settings_at(project)
         if not why.strip():
             raise DataError("an approval needs its reason", expected='--why "..."', got="nothing")
         with catalog_at(project) as catalog:
-            given = approve_waiting(project, catalog, subject, role=role, why=why.strip(), by=actor(by))
+            given = approve_waiting(project, catalog, subject, role=role, why=why.strip(), by=actor(by), key=key)
         if json:
             output.print_json(given)
             return
         said = "approved" if given["new"] else "was approved already"
-        print(f"{given['kind']} {short(str(given['subject']))} {said} by {given['actor']} as {given['role']}")
+        print(
+            f"{given['kind']} {short(str(given['subject']))} {said} by {given['actor']} as {given['role']}, {given['how']}"
+        )
         print(f"Next: radloop run {given['pipeline']}")
 
     @command(
@@ -76,6 +89,7 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Show the ledger: what happened, when, and who did it. Rows are never changed and never removed."""
         from radloop.catalog.ledger import Kind
+        from radloop.stages.approvals import shown
 
         if kind is not None and kind not in list(Kind):
             raise DataError("the ledger has no such kind of row", expected=", ".join(Kind), got=kind)
@@ -88,19 +102,21 @@ def register(app: typer.Typer) -> None:
         output.print_table(
             "Ledger",
             ["no.", "at", "kind", "subject", "by", "what"],
-            [(r.seq, r.at[:19], r.kind, short(r.subject), r.actor, say_payload(r.payload)) for r in rows],
+            [(r.seq, r.at[:19], r.kind, short(r.subject), r.actor, say_payload(shown(project, r))) for r in rows],
         )
 
 
 def approve_waiting(
-    project: Path, catalog: Catalog, subject: str, *, role: str, why: str, by: str
+    project: Path, catalog: Catalog, subject: str, *, role: str, why: str, by: str, key: Path | None = None
 ) -> dict[str, object]:
     """Append the approval of what waits under a digest, or the beginning of one.
 
     Raises:
-        DataError: nothing that waits has this digest, several have, or it waits for another role.
+        DataError: nothing that waits has this digest, several have, or it waits for another role; or this person may not
+            approve it (radloop.stages.approvals).
     """
     from radloop.cli.records import waiting
+    from radloop.stages import approvals
 
     chosen = _the_one(waiting(project), subject)
     if role != chosen.role:
@@ -110,17 +126,8 @@ def approve_waiting(
             got=f"the role {role!r}",
             next_step=f"ask someone who is {chosen.role} to approve it (--role {chosen.role})",
         )
-    payload = {"role": role, "why": why, "what": chosen.kind, "pipeline": chosen.pipeline, "stage": chosen.stage}
-    key = f"approval:{chosen.digest}:{role}:{by}"
-    new = catalog.ledger.append("approval", chosen.digest, payload, actor=by, key=key)
-    return {
-        "subject": chosen.digest, "kind": chosen.kind, "role": role, "actor": by, "pipeline": chosen.pipeline, "new": new
-    }  # fmt: skip
-
-
-def approved(catalog: Catalog, digest: str, role: str) -> bool:
-    """Whether the ledger holds an approval of a digest by someone of a role."""
-    return any(row.payload.get("role") == role for row in catalog.ledger.rows(kind="approval", subject=digest))
+    told = {"what": chosen.kind, "pipeline": chosen.pipeline, "stage": chosen.stage}
+    return approvals.give(project, catalog, chosen.digest, role=role, why=why, by=by, key=key, **told)
 
 
 def _the_one(candidates: list[Waiting], subject: str) -> Waiting:

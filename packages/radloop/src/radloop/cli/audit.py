@@ -67,7 +67,9 @@ def register(app: typer.Typer) -> None:
             rows = _rows(catalog, since)
             record(catalog.ledger, "audit read", "ledger", actor=actor(by), detail={"messages": len(rows)})
         if json:
-            output.print_json([{"seq": row.seq, "message": message(row, settings.audit.source).decode()} for row in rows])
+            output.print_json(
+                [{"seq": row.seq, "message": message(row, settings.audit.source).decode()} for row in rows]
+            )
             return
         for row in rows:
             sys.stdout.buffer.write(message(row, settings.audit.source) + b"\n")
@@ -89,19 +91,24 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Check that no row of the ledger was changed, removed or inserted: each row's hash holds that of the row before.
 
-        Whoever can write to the database can cut off the end, or make the whole chain anew: --expect tells that. The exit
-        code is 1 if anything is wrong.
+        The signatures of approvals are checked too.
+        Whoever can write to the database can cut off the end, or make the whole chain anew: --expect tells that.
+        The exit code is 1 if anything is wrong.
         """
         with catalog_at(project) as catalog:
             found = catalog.ledger.verify()
             wrong = f"row {found.broken.seq}: {found.broken.what}" if found.broken else _unexpected(catalog, expect)
+            worth, forged = _approvals(project, catalog)
+            wrong = wrong or forged
         if json:
-            told = {"rows": found.rows, "seq": found.seq, "hash": found.hash, "wrong": wrong}
+            told = {"rows": found.rows, "seq": found.seq, "hash": found.hash, "wrong": wrong, "approvals": worth}
             output.print_json(told)
         elif wrong:
             output.fail(f"the ledger is not whole: {wrong}; {output.plural(found.rows, 'row')} before that hold")
         else:
             print(f"{output.plural(found.rows, 'row')}, unbroken\nlatest: {found.seq}:{found.hash}")
+            if worth:
+                print(f"approvals: {output.counts_line(worth)}")
         if wrong:
             raise typer.Exit(FAILED)
 
@@ -159,6 +166,19 @@ def _without_names(row: LedgerRow) -> dict[str, object]:
     told: dict[str, object] = {name: value for name, value in row.payload.items() if name != "pseudonyms"}
     named = row.payload.get("pseudonyms", [])
     return told | ({"pseudonyms": len(named)} if named else {})
+
+
+def _approvals(project: Path, catalog: Catalog) -> tuple[dict[str, int], str]:
+    """How many approvals there are of each standing; and the first whose signature is not of what stands there."""
+    from collections import Counter
+
+    from radloop.stages.approvals import approvers_of, standing
+
+    approvers = approvers_of(settings_at(project))
+    rows = catalog.ledger.rows(kind="approval")
+    found = [(row, standing(row, approvers)) for row in rows]
+    forged = [f"row {row.seq}: an approval by {row.actor}: {one.said}" for row, one in found if one.state == "forged"]
+    return dict(Counter(one.state for _, one in found)), forged[0] if forged else ""
 
 
 def _unexpected(catalog: Catalog, expect: str) -> str:

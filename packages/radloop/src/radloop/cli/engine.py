@@ -57,11 +57,17 @@ def register(app: typer.Typer) -> None:
         engine_name: Annotated[str, typer.Option("--engine", metavar="NAME", help="Who runs it.")] = "other",
         spec: Annotated[Path | None, _FILE] = None,
         given: Annotated[list[str] | None, _INPUT] = None,
+        by: Annotated[
+            str,
+            typer.Option(
+                "--by", metavar="NAME", help="Whom the engine knows to have started it; who trained may not approve."
+            ),
+        ] = "",
         project: Project = HERE,
         json: Json = False,
     ) -> None:
         """Begin a run: find its inputs and open its record. Prints JSON: run_id, inputs."""
-        run_id, inputs = open_run(project, pipeline, engine=engine_name, spec=spec, given=given or [])
+        run_id, inputs = open_run(project, pipeline, engine=engine_name, spec=spec, given=given or [], by=by)
         output.print_json({"run_id": run_id, "inputs": inputs})
 
     @command(
@@ -87,7 +93,7 @@ def register(app: typer.Typer) -> None:
 
 
 def open_run(
-    project: Path, name: str, *, engine: str, spec: Path | None, given: list[str]
+    project: Path, name: str, *, engine: str, spec: Path | None, given: list[str], by: str = ""
 ) -> tuple[str, dict[str, str | None]]:
     """Begin a run of a pipeline; its id and inputs.
 
@@ -109,7 +115,7 @@ def open_run(
     inputs: dict[str, Path | None] = {**named}
     if not named and name in {**PIPELINES, **PARTS}:
         inputs = inputs_of(project, name)
-    record = Record.open(pipeline, project, inputs, engine=engine)
+    record = Record.open(pipeline, project, inputs, engine=engine, by=by)
     return record.run_id, {i.name: record.inputs.get(i.name) for i in pipeline.inputs}
 
 

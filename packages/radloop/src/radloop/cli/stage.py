@@ -60,13 +60,13 @@ def _run_for_a_person(name: str, project: Path) -> int:
 
 
 def approvals(home: Path) -> Approved:
-    """Whether the project's ledger holds an approval of a digest by someone who held the role."""
+    """Whether the project's ledger holds an approval of a digest, in a role, that counts."""
 
     def approved(digest: str, role: str) -> bool:
+        from radloop.stages import approvals
         from radloop.stages.project import open_catalog
 
         with open_catalog(home) as catalog:
-            rows = catalog.ledger.rows(kind="approval", subject=digest)
-            return any(row.payload.get("role") == role for row in rows)
+            return approvals.approved(home, catalog, digest, role)
 
     return approved

@@ -160,12 +160,14 @@ def _waiting(project: Path, catalog: Catalog) -> list[dict[str, Any]]:
     import msgspec
 
     from radloop.cli import records
-    from radloop.cli.approvals import approved
+    from radloop.stages.approvals import said_of, that_count
 
-    return [
-        {**msgspec.to_builtins(one), "approved": approved(catalog, one.digest, one.role)}
-        for one in records.waiting(project)
-    ]
+    found = []
+    for one in records.waiting(project):
+        given = that_count(project, catalog, one.digest, one.role)
+        by = [said_of(project, row) for row in given]
+        found.append({**msgspec.to_builtins(one), "approved": bool(given), "approved_by": by})
+    return found
 
 
 def _next(told: dict[str, Any]) -> list[dict[str, str]]:
@@ -174,7 +176,12 @@ def _next(told: dict[str, Any]) -> list[dict[str, str]]:
     found = [step for step in steps if step is not None]
     for one in told["waiting"]:
         if one["approved"]:
-            found.append({"why": f"{one['pipeline']} was approved", "command": f"radloop run {one['pipeline']}"})
+            found.append(
+                {
+                    "why": f"{one['pipeline']} was approved by {', '.join(one['approved_by'])}",
+                    "command": f"radloop run {one['pipeline']}",
+                }
+            )
         else:
             what = f"{one['pipeline']} waits for a person who is {one['role']}, to approve the {one['kind']}"
             found.append(

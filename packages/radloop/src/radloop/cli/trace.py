@@ -63,6 +63,8 @@ def trace_prediction(project: Path, catalog: Catalog, prediction: str, *, limit:
     """
     import msgspec
 
+    from radloop.stages.approvals import shown
+
     row = find_prediction(project / "predictions", prediction)
     model = find_model(catalog, row["model_digest"])
     dataset = catalog.dataset(model.dataset_digest)
@@ -94,7 +96,11 @@ def trace_prediction(project: Path, catalog: Catalog, prediction: str, *, limit:
             "learnt_from": len(learnt),
             "listed": msgspec.to_builtins(listed),
         },
-        "ledger": [msgspec.to_builtins(r) for r in catalog.ledger.rows() if r.subject in subjects],
+        "ledger": [
+            {**msgspec.to_builtins(r), "payload": shown(project, r)}
+            for r in catalog.ledger.rows()
+            if r.subject in subjects
+        ],
     }
 
 

@@ -11,6 +11,8 @@ workers share nothing but these files: `Record.load` finds what the stages befor
 
 from __future__ import annotations
 
+import os
+import pwd
 import secrets
 import time
 from collections.abc import Mapping
@@ -41,6 +43,7 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True):
         inputs: artifact directory by pipeline input.
         outputs: committed artifact directory by `stage.output` (`stage[0].output`).
         message: why it did not succeed.
+        by: who began it: the operating system's user and, where it names one, the orchestrator's. Of a model: who trained it.
     """
 
     run_id: str
@@ -52,6 +55,7 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True):
     outputs: dict[str, str] = {}
     message: str = ""
     seconds: float = 0.0
+    by: tuple[str, ...] = ()
 
     def output(self, source: str) -> Artifact[Any]:
         """Open an output by `stage.output`."""
@@ -78,10 +82,19 @@ class Record:
     Attributes:
         folder: `runs/ID`.
         results: how each stage ended so far; a mapped one's runs as `stage[0]`, `stage[1]` ...
+        by: who began it.
     """
 
-    def __init__(self, pipeline: Pipeline, home: Path, run_id: str, engine: str, inputs: Mapping[str, str]) -> None:
-        self.pipeline, self.home, self.run_id, self.engine = pipeline, home, run_id, engine
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        home: Path,
+        run_id: str,
+        engine: str,
+        inputs: Mapping[str, str],
+        by: tuple[str, ...] = (),
+    ) -> None:
+        self.pipeline, self.home, self.run_id, self.engine, self.by = pipeline, home, run_id, engine, by
         self.folder = home / "runs" / run_id
         self.inputs = dict(inputs)
         self.results: dict[str, Result] = {}
@@ -89,7 +102,13 @@ class Record:
 
     @classmethod
     def open(
-        cls, pipeline: Pipeline, home: Path, inputs: Mapping[str, Path | None] | None = None, *, engine: str = "local"
+        cls,
+        pipeline: Pipeline,
+        home: Path,
+        inputs: Mapping[str, Path | None] | None = None,
+        *,
+        engine: str = "local",
+        by: str = "",
     ) -> Record:
         """Begin a run.
 
@@ -97,7 +116,8 @@ class Record:
             pipeline: what is to be run.
             home: the project's home directory.
             inputs: artifact directory of each pipeline input; optional ones may be absent.
-            engine: who runs it.
+            engine: what runs it.
+            by: whom the engine knows to have begun it, besides the operating system's user.
 
         Raises:
             RunLocked: another run works on this pipeline; names it.
@@ -112,7 +132,8 @@ class Record:
             )
         bound = _bind(pipeline, {name: path for name, path in (inputs or {}).items() if path is not None})
         run_id = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(3)
-        record = cls(pipeline, home, run_id, engine, {name: _relative(path, home) for name, path in bound.items()})
+        given = {name: _relative(path, home) for name, path in bound.items()}
+        record = cls(pipeline, home, run_id, engine, given, tuple(dict.fromkeys(filter(None, (account(), by)))))
         record.folder.mkdir(parents=True)
         write_whole(record.folder / "pipeline.json", pipeline.to_json())
         record._write("running", "")
@@ -130,7 +151,7 @@ class Record:
             raise DefinitionError(
                 f"there is no record of the run {run_id!r}", expected=str(folder / "run.json"), got=str(error)
             ) from None
-        record = cls(pipeline, home, run_id, run["engine"], run["inputs"])
+        record = cls(pipeline, home, run_id, run["engine"], run["inputs"], tuple(run.get("by", ())))
         record._began = (folder / "pipeline.json").stat().st_mtime
         for node in pipeline.nodes:
             places = sorted((folder / node.name).glob("[0-9]*")) if node.map else [folder / node.name]
@@ -261,9 +282,18 @@ class Record:
             },
             message=message,
             seconds=round(time.time() - self._began, 6),
+            by=self.by,
         )
         write_whole(self.folder / "run.json", encode(run))
         return read_run(self.folder / "run.json")
+
+
+def account() -> str:
+    """The operating system's user, by what the system says and not by what a variable does; its number, where it has no name."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return f"uid {os.getuid()}"
 
 
 def _bind(pipeline: Pipeline, inputs: dict[str, Path]) -> dict[str, Path]:

@@ -185,7 +185,9 @@ def check(settings: Settings) -> None:
     from radloop.learning.train import TrainConfig
     from radloop.monitoring.drift import Thresholds
     from radloop.serving.judge import Margins
+    from radloop.stages.approvals import approvers_of
 
+    approvers_of(settings)
     loop_profile(settings.deidentify.profile, settings.deidentify.options)
     Pixels(settings.deidentify.pixels, settings.deidentify.pixel_rules)
     for name, values, struct in (

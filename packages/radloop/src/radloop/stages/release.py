@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from radloop.serving.predictions import Pair
 
 _POLL_S = 0.25
+_CLINICAL = "clinical"  # the role that a gate's "wait" asks for (radloop.stage.execute)
 
 
 @stage(cache=False)
@@ -193,10 +194,11 @@ def _since(home: Path, ours: ModelRef, percent: int) -> str:
 def _let_on(home: Path, verdict: Any) -> bool:
     """Whether a person approved the verdict just written: an undetermined step then leads to the next one."""
     from radloop.artifact import describe
+    from radloop.stages import approvals
     from radloop.stages.project import open_catalog
 
     with open_catalog(home) as catalog:
-        return bool(catalog.ledger.rows(kind="approval", subject=describe(verdict.path, Verdict, {}).digest))
+        return approvals.approved(home, catalog, describe(verdict.path, Verdict, {}).digest, _CLINICAL)
 
 
 def _judged(home: Path, ours: ModelRef, step: str) -> JudgeVerdict | None:

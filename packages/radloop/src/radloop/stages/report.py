@@ -14,6 +14,7 @@ from radloop.artifact import open_artifact
 from radloop.catalog.reason import Reason
 from radloop.errors import ArtifactError
 from radloop.pipeline.records import read_run
+from radloop.stages.approvals import said_of, shown
 from radloop.stages.project import open_catalog, settings_of
 
 if TYPE_CHECKING:
@@ -71,13 +72,16 @@ def build(home: Path) -> dict[str, Any]:
             "datasets": [msgspec.to_builtins(version) for version in catalog.datasets()],
             "dataset_diffs": _diffs(home, catalog),
             "models": evaluations,
-            "rollouts": _rollouts(catalog),
+            "rollouts": _rollouts(home, catalog),
             "alerts": [
                 {"at": row.at, "id": row.subject, "state": "sent" if row.payload.get("sent") else "kept", **_said(row)}
                 for row in catalog.ledger.rows(kind="alert")
             ],
             "label_requests": _requests(catalog, settings.task.name),
-            "ledger": [msgspec.to_builtins(row) for row in catalog.ledger.rows()[-_LEDGER_ROWS:]],
+            "ledger": [
+                {**msgspec.to_builtins(row), "payload": shown(home, row)}
+                for row in catalog.ledger.rows()[-_LEDGER_ROWS:]
+            ],
             "trace": _trace(home, catalog),
         }
     data |= _of_runs(runs)
@@ -227,7 +231,7 @@ def _status(home: Path, catalog: Catalog, models: list[dict[str, Any]]) -> dict[
     return {
         "verdict": "approved",
         "headline": f"The newest model passed {passed} of {len(gates)} gates; what was undetermined ({', '.join(open_gates)})"
-        f" was approved by {given.actor}.",
+        f" was approved by {said_of(home, given)}.",
     }
 
 
@@ -253,7 +257,7 @@ def _diffs(home: Path, catalog: Catalog) -> list[dict[str, Any]]:
     return found
 
 
-def _rollouts(catalog: Catalog) -> list[dict[str, Any]]:
+def _rollouts(home: Path, catalog: Catalog) -> list[dict[str, Any]]:
     """One entry a model that was released or tried, its steps in the order they were taken."""
     found: dict[str, dict[str, Any]] = {}
     versions = {model.digest: model.version for model in catalog.models()}
@@ -282,8 +286,7 @@ def _rollouts(catalog: Catalog) -> list[dict[str, Any]]:
     for digest, entry in found.items():
         approval = approvals.get(str(packages.get(digest)))
         if approval is not None:
-            told = approval.payload
-            entry["approved_by"] = f"{approval.actor} ({told.get('role')}): {told.get('why')}"
+            entry["approved_by"] = f"{said_of(home, approval)}: {approval.payload.get('why')}"
     return list(found.values())
 
 

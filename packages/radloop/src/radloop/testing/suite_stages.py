@@ -12,6 +12,7 @@ from radloop.artifact import Each, Kind, Verdict
 from radloop.errors import DataError
 from radloop.stage import Home, In, Out, Secret, stage
 from radloop.stage.execute import log, track
+from radloop.stages.kinds import Model
 
 
 class Numbers(Kind):
@@ -50,6 +51,18 @@ def total(given: In[Numbers], summed: Out[Numbers], *, home: Home) -> None:
     assert isinstance(content, dict)
     mark(home, "total")
     summed.write_json("numbers.json", {"values": [sum(content["values"])], "unit": content["unit"]})
+
+
+@stage
+def learn(given: In[Numbers], model: Out[Model]) -> None:
+    """A model, as far as one who approves it is concerned."""
+    model.write_json("weights.json", given.json("numbers.json"))
+
+
+@stage
+def weigh(model: In[Model], made: Out[Numbers]) -> None:
+    """Numbers made from a model."""
+    made.write_json("numbers.json", model.json("weights.json"))
 
 
 @stage
