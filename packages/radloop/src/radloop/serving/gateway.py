@@ -35,6 +35,9 @@ CHALLENGER_HEADER = "x-radloop-challenger"
 MIRROR_HEADER = "x-radloop-mirror"
 """Set by the gateway alone: which models are in play, and that the answer to this copy will be thrown away."""
 
+ANSWERS_HEADER = "x-radloop-answers"
+"""Set by routes that cannot mark a copy (Kubernetes): the digest of the model whose answer leaves."""
+
 SUBJECT_HEADER = "x-radloop-subject"
 """Set by the client: a number from 0 to `SUBJECTS` - 1 that follows from the patient, so that a canary is an A/B by patient."""
 SUBJECTS = 10_000
@@ -161,7 +164,7 @@ def _doors(routes: Routes) -> tuple[str, ...]:
 def route_configuration(routes: Routes) -> dict[str, Any]:
     """Envoy's RouteConfiguration for the asked strategy."""
     host: dict[str, Any] = {"name": "gateway", "domains": ["*"], "routes": _routes(routes)}
-    host["request_headers_to_remove"] = [MIRROR_HEADER]
+    host["request_headers_to_remove"] = [MIRROR_HEADER, ANSWERS_HEADER]
     asked_too = routes.challenger if routes.strategy != "single" else None
     in_play = [(CHAMPION_HEADER, routes.champion), (CHALLENGER_HEADER, asked_too)]
     host["request_headers_to_add"] = [_header(name, up.model_digest) for name, up in in_play if up is not None]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from radloop.errors import DataError, DicomError
 from radloop.serving.batching import Batcher
-from radloop.serving.gateway import CHALLENGER_HEADER, CHAMPION_HEADER, MAX_BODY_BYTES, MIRROR_HEADER
+from radloop.serving.gateway import ANSWERS_HEADER, CHALLENGER_HEADER, CHAMPION_HEADER, MAX_BODY_BYTES, MIRROR_HEADER
 from radloop.serving.model import Examined, ServedModel
 from radloop.serving.predictions import CHALLENGER, CHAMPION, OK, PredictionLog, PredictionRow
 from radloop.serving.predictor.metrics import Metrics
@@ -57,7 +57,7 @@ class Asked(msgspec.Struct, frozen=True):
             protocol=protocol,
             request_id=_request_id(headers.get("x-request-id", "")),
             role=CHALLENGER if models[CHALLENGER_HEADER] == digest else CHAMPION,
-            served=MIRROR_HEADER not in headers,
+            served=MIRROR_HEADER not in headers and headers.get(ANSWERS_HEADER, digest) == digest,
             compared_with=others[0] if others else None,
             site=headers.get("x-radloop-site"),
             started=time.perf_counter(),

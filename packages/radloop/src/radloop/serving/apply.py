@@ -1,0 +1,179 @@
+"""Manifests onto a cluster: predictors first; routes only once every predictor that they lead to is Ready.
+
+The only module of serving that imports the Kubernetes client. A route to a model that is not ready is 503 for its share of
+the patients, so a model that does not become ready leaves the routes as they were.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from radloop.errors import ServingError, SettingsError
+from radloop.serving.manifests import Manifest
+
+MANAGER = "radloop"
+_POLL_S = 1.0
+_PLURALS = {
+    "InferenceService": "inferenceservices",
+    "HTTPRoute": "httproutes",
+    "VirtualService": "virtualservices",
+    "DestinationRule": "destinationrules",
+}
+
+
+class Cluster:
+    """The two calls that are made, by the official client.
+
+    Args:
+        kubeconfig: how to reach the cluster; empty: as kubectl does, or from inside the cluster.
+
+    Raises:
+        SettingsError: the client is not installed, or finds no cluster's configuration.
+    """
+
+    def __init__(self, kubeconfig: str = "") -> None:
+        try:
+            from kubernetes import client, config
+        except ImportError:
+            raise SettingsError(
+                "the Kubernetes client is not installed", next_step='pip install "radloop[kubernetes]"'
+            ) from None
+        settings = client.Configuration()
+        try:
+            if not kubeconfig and "KUBERNETES_SERVICE_HOST" in os.environ:
+                config.load_incluster_config(client_configuration=settings)
+            else:
+                config.load_kube_config(
+                    config_file=kubeconfig or None, client_configuration=settings, persist_config=False
+                )
+        except (config.ConfigException, OSError) as error:
+            raise SettingsError(
+                "no cluster's configuration was found",
+                expected="[kubernetes] kubeconfig, KUBECONFIG or ~/.kube/config",
+                got=str(error),
+            ) from None
+        self._client = client.ApiClient(settings)
+        self.address = str(settings.host)
+
+    def apply(self, manifest: Manifest) -> Manifest:
+        """Server-side apply under the manager "radloop"; what others set on the same object stays theirs.
+
+        Returns:
+            The object as the cluster has it now.
+
+        Raises:
+            ServingError: the cluster refuses, with its own words, or does not answer.
+        """
+        query = [("fieldManager", MANAGER), ("force", "true"), ("fieldValidation", "Strict")]
+        return self._call("PATCH", manifest, query, msgspec.json.encode(manifest).decode())
+
+    def get(self, manifest: Manifest) -> Manifest:
+        """The object of this kind and name as the cluster has it. Raises as `apply`."""
+        return self._call("GET", manifest, [], None)
+
+    def _call(self, method: str, manifest: Manifest, query: list[tuple[str, str]], body: str | None) -> Manifest:
+        from kubernetes.client import ApiException, rest
+
+        metadata = manifest["metadata"]
+        path = f"/apis/{manifest['apiVersion']}/namespaces/{metadata['namespace']}/{_PLURALS[manifest['kind']]}"
+        what = f"{manifest['kind']} {metadata['namespace']}/{metadata['name']}"
+        try:
+            answer = self._client.call_api(
+                f"{path}/{metadata['name']}",
+                method,
+                query_params=query,
+                header_params={"Accept": "application/json", "Content-Type": "application/apply-patch+yaml"},
+                body=body,
+                auth_settings=["BearerToken"],
+                _return_http_data_only=True,
+                _preload_content=False,
+                _request_timeout=(5, 30),
+            )
+            found: Manifest = msgspec.json.decode(answer.data)
+        except ApiException as error:
+            raise ServingError(
+                f"the cluster refused {what}",
+                got=_words(error.body) or error.reason,
+                next_step="kubectl auth can-i patch; are the CRDs of KServe and of the Gateway API (or Istio) there?",
+            ) from None
+        except (rest.urllib3.exceptions.HTTPError, msgspec.DecodeError) as error:
+            raise ServingError(
+                f"the Kubernetes API at {self.address} does not answer",
+                got=str(error)[:300],
+                next_step="kubectl cluster-info",
+            ) from None
+        return found
+
+
+def unready(service: Manifest) -> str:
+    """Why an InferenceService, as the cluster tells it, must get no traffic yet; empty once it may."""
+    metadata, status = service.get("metadata", {}), service.get("status", {})
+    if metadata.get("deletionTimestamp"):
+        return "it is being deleted"
+    generation, seen = metadata.get("generation"), status.get("observedGeneration")
+    if seen is not None and generation is not None and seen < generation:
+        return f"KServe has not seen its generation {generation} yet"
+    conditions: dict[str, Any] = {one.get("type"): one for one in status.get("conditions", [])}
+    for name in ("Ready", "PredictorReady"):
+        told = conditions.get(name)
+        if told is None:
+            return f"KServe says nothing of {name} yet"
+        if told.get("status") != "True":
+            return f"{name} is {told.get('status')}: {told.get('message') or told.get('reason') or 'no reason given'}"
+    return ""
+
+
+def release(
+    cluster: Cluster,
+    predictors: list[Manifest],
+    routes: list[Manifest],
+    *,
+    timeout_s: float = 600.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Apply predictors, wait until all are Ready, then apply the routes. The same again changes nothing.
+
+    Args:
+        progress: called with (predictors ready, predictors wanted).
+
+    Raises:
+        ServingError: the cluster refuses something, or a predictor was not Ready in time: the routes are then untouched.
+    """
+    for predictor in predictors:
+        cluster.apply(predictor)
+    until, shown = time.monotonic() + timeout_s, -1
+    while True:
+        waiting = check_ready(cluster, predictors)
+        ready = len(predictors) - len(waiting)
+        if progress is not None and ready != shown:
+            progress(shown := ready, len(predictors))
+        if not waiting:
+            break
+        if time.monotonic() > until:
+            raise ServingError(
+                f"not Ready within {timeout_s:g} s: {', '.join(waiting)}; no traffic was moved",
+                expected="every InferenceService Ready",
+                got="; ".join(f"{name}: {why}" for name, why in waiting.items()),
+                next_step="kubectl describe inferenceservice; the same command goes on where this one stopped",
+            )
+        time.sleep(_POLL_S)
+    for route in routes:
+        cluster.apply(route)
+
+
+def check_ready(cluster: Cluster, predictors: list[Manifest]) -> dict[str, str]:
+    """Names of InferenceServices that must get no traffic yet, each with the reason. Raises as `Cluster.get`."""
+    told = {one["metadata"]["name"]: unready(cluster.get(one)) for one in predictors}
+    return {name: why for name, why in told.items() if why}
+
+
+def _words(body: object) -> str:
+    try:
+        return str(msgspec.json.decode(body if isinstance(body, bytes | str) else b"", type=dict[str, Any])["message"])
+    except (msgspec.MsgspecError, KeyError):
+        return str(body or "")[:300]
