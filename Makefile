@@ -12,8 +12,8 @@ ARGS ?=
 # `make airflow`: the project's folder, and the port on which Airflow answers.
 PROJECT ?= .
 PORT ?= 8081
-# Debian packages that tests start; radloop itself needs none of them.
-TEST_PACKAGES := chromium dcmtk dicom3tools openssl orthanc orthanc-dicomweb
+# Debian packages that tests start; radloop itself needs none of them (but openssh-client, where approvals are signed).
+TEST_PACKAGES := chromium dcmtk dicom3tools openssh-client openssl orthanc orthanc-dicomweb
 
 .PHONY: help
 help: ## list the targets

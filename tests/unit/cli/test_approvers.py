@@ -28,8 +28,6 @@ from .conftest import Ran, configure
 
 Run = Callable[..., Ran]
 
-pytestmark = pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="ssh-keygen (openssh-client) is not here")
-
 
 class People:
     """Three people with real keys, and a server that vouches."""
@@ -60,8 +58,9 @@ class People:
 
 
 @pytest.fixture(scope="module")
-def people(tmp_path_factory: pytest.TempPathFactory) -> People:
+def people(tmp_path_factory: pytest.TempPathFactory, require_service: Callable[..., str]) -> People:
     """Return people with keys."""
+    require_service("OpenSSH", "ssh-keygen")
     return People(tmp_path_factory.mktemp("keys"))
 
 
@@ -175,11 +174,13 @@ def test_nobody_named_is_as_before_and_says_so(inside: Run, project: Path) -> No
     assert "(clinical, unauthenticated, by who trained it)" in inside("status", "--json").json["next"][0]["why"]
     assert "unauthenticated, by who trained it" in inside("ledger", "--kind", "approval").out
     assert inside("audit", "verify", "--json").json["approvals"] == {"unauthenticated": 1}
+    assert inside("report").code == 0
+    assert "unauthenticated, by who trained it" in (project / "reports" / "report.html").read_text()
     assert train(project).status == "succeeded"
 
 
 def test_unauthenticated_ones_end_with_the_first_approver(inside: Run, project: Path, people: People) -> None:
-    """An approval from before, or put into the database by hand, must not let a model through; signed by the same person it does."""
+    """An approval from before, or put into the database by hand, must not let a model through; a signed one must."""
     train(project)
     digest = what_waits(inside)
     assert inside("approve", digest[:12], "--why", "fine", "--by", "anna").code == 0

@@ -1,6 +1,8 @@
 """Approvals by Airflow's human-in-the-loop: a stage that waits asks in "Required Actions", and radloop's ledger gets the answer.
 
 The task that waits holds no worker. What is approved is an exact digest, as with `radloop approve`; rejecting fails the task.
+Where the project names who may approve, the worker's key (RADLOOP_APPROVAL_KEY), which radloop.toml says to vouch, signs for whom
+Airflow has logged in; whom it may sign for, and for which model, `radloop approve` decides as on the command line.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ def record_answer(operator: RadloopStageOperator, record: Record, event: dict[st
 
     Raises:
         AirflowFailException: it was rejected, or Airflow says that nobody answered.
+        EngineError: this person may not approve it; says why not.
     """
     user = event.get("responded_by_user") or {}
     by = user.get("name") or user.get("id")

@@ -65,12 +65,12 @@ class Core(NamedTuple):
 
 
 def answer(arguments: Sequence[str], code: int, stdout: bytes, stderr: bytes) -> dict[str, Any]:
-    """The JSON that a command printed. Raises EngineError with its own words where it printed none."""
+    """The JSON that a command printed. Raises EngineError with its own words where it printed none, or an error."""
     try:
         told = msgspec.json.decode(stdout)
     except msgspec.MsgspecError:
         told = None
-    if code not in _ENDED or not isinstance(told, dict):
+    if code not in _ENDED or not isinstance(told, dict) or "error" in told:
         said = "\n".join(stderr.decode(errors="replace").strip().splitlines()[-_LINES:])
         raise EngineError(said.removeprefix("radloop: ") or f"radloop {' '.join(arguments[:2])} exited {code}")
     return told

@@ -1,8 +1,8 @@
 """Who may approve, who did, and whether that counts: decided here for the command line, Airflow, the demo and every gate.
 
 A project that names nobody in [approvers] takes names on trust: its approvals are recorded as unauthenticated, and count. Once
-somebody is named, only an approval counts that is signed by the key of a person with the role (or by a server that vouches for the
-person), and never that of who trained the model. The signature is of all that was decided, and stands in the ledger beside it.
+somebody is named, only an approval counts that is signed by the key of a person with the role (or by a server that vouches for
+the person), and never that of who trained the model. The signature of all that was decided stands beside it in the ledger.
 """
 
 from __future__ import annotations
