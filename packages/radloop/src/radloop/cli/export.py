@@ -10,7 +10,7 @@ from typing import Annotated, cast
 
 import typer
 
-from radloop.cli import output
+from radloop.cli import kserve, output
 from radloop.cli.common import HERE, Json, Project, command, group, settings_at
 
 
@@ -187,6 +187,8 @@ def register(app: typer.Typer) -> None:
             output.print_json({"files": [str(path) for path in written]})
         else:
             print("\n".join(map(str, written)))
+
+    kserve.register(exports)
 
     @command(
         app,
