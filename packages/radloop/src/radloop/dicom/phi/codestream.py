@@ -16,6 +16,7 @@ from radloop.dicom.phi.words import decodings
 _NATIVE = frozenset({"1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2"})
 _RLE = "1.2.840.10008.1.2.5"
 _JPEG2000 = frozenset(f"1.2.840.10008.1.2.4.{n}" for n in (90, 91, 92, 93, 201, 202, 203))
+_JPEG2000_COMMENT = re.compile(rb"\xff\x64")
 _JPEG_SEGMENT = re.compile(rb"\xff[\xe0-\xef\xfe]")
 
 
@@ -63,8 +64,7 @@ def pixel_texts(value: bytes, transfer_syntax: str, native_bytes: int, frames: i
 
 
 def _jpeg_texts(fragment: bytes) -> Iterator[bytes]:
-    for match in _JPEG_SEGMENT.finditer(fragment):
-        yield _segment(fragment, match.start())
+    yield from _payloads(fragment, _JPEG_SEGMENT)
     yield from _trailer(fragment)
 
 
@@ -76,8 +76,7 @@ def _jpeg2000_texts(fragment: bytes) -> Iterator[bytes]:
     while begin >= 0:
         end = fragment.find(b"\xff\x93", begin)
         header = fragment[begin : end + 1 or None]
-        for match in re.finditer(rb"\xff\x64", header):
-            yield _segment(header, match.start())
+        yield from _payloads(header, _JPEG2000_COMMENT)
         begin = fragment.find(b"\xff\x90", end) if end >= 0 else -1
     yield from _trailer(fragment)
 
@@ -97,10 +96,18 @@ def _trailer(fragment: bytes) -> Iterator[bytes]:
         yield fragment[end + 2 :]
 
 
-def _segment(data: bytes, start: int) -> bytes:
-    """The payload of a marker segment: marker, two bytes of length that count themselves, payload."""
-    length = int.from_bytes(data[start + 2 : start + 4], "big")
-    return data[start + 4 : start + 2 + length]
+def _payloads(data: bytes, marker: re.Pattern[bytes]) -> Iterator[bytes]:
+    """Payloads of marker segments: marker, two bytes of length that count themselves, payload.
+
+    What looks like a segment within another one's payload is read with that: in data that is no codestream every second
+    byte may look like one.
+    """
+    end = 0
+    for match in marker.finditer(data):
+        start = match.start()
+        if start >= end:
+            end = start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+            yield data[start + 4 : end]
 
 
 def _native_bytes(ds: Dataset) -> int:

@@ -32,6 +32,8 @@ CHARACTER_SET = 0x00080005
 SHIFT_DATES = (0x00080020, 0x00080021, 0x00080022, 0x00080023, 0x00080012)
 """Study, series, acquisition, content and instance creation date."""
 _RUNS = re.compile(r"[^\W\d_]+|\d+")
+_LONG = 8
+"""Words of a phrase; longer ones, whole comments, are looked for as one string, or a forged one would take hours."""
 _DATE_MARKS = frozenset("年月日년월일")
 _PSEUDONYM = re.compile(r"[PAF][0-9a-f]{32}")
 # What de-identifiers write in place of a value; finding it again says nothing.
@@ -61,7 +63,9 @@ class Needles:
     """Date part (YYYYMMDD) of DA and DT, by tag."""
     short_dates: set[str] = field(default_factory=set)
     lengths: frozenset[int] = frozenset()
-    """Of the phrases, in words."""
+    """Of the phrases up to `_LONG` words, in words."""
+    long: tuple[str, ...] = ()
+    """Longer phrases, with a space before and after each word."""
     verdicts: dict[tuple[Any, ...], Verdict] = field(default_factory=dict)
     """On output elements seen before, by tag, VR, value and character set."""
 
@@ -69,7 +73,8 @@ class Needles:
         """Nothing is added any more."""
         self.words -= _BLANKS
         self.runs -= _BLANKS
-        self.lengths = frozenset(map(len, self.phrases))
+        self.lengths = frozenset(n for n in map(len, self.phrases) if n <= _LONG)
+        self.long = tuple(f" {' '.join(phrase)} " for phrase in self.phrases if len(phrase) > _LONG)
 
 
 class _Kind(Enum):
@@ -261,7 +266,12 @@ def in_text(text: str, needles: Needles, ignored: Set[str] = frozenset()) -> boo
 def in_a_row(words: list[str], needles: Needles) -> bool:
     """Whether some phrase stands as neighbouring words."""
     rows = (tuple(words[i : i + n]) for n in needles.lengths for i in range(len(words) - n + 1))
-    return len(words) > 1 and not needles.phrases.isdisjoint(rows)
+    if len(words) > 1 and not needles.phrases.isdisjoint(rows):
+        return True
+    if not needles.long or len(words) <= _LONG:
+        return False
+    text = f" {' '.join(words)} "
+    return any(phrase in text for phrase in needles.long)
 
 
 def _is_random(text: str, run: str) -> bool:
