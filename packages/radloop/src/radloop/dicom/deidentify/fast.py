@@ -85,6 +85,7 @@ _MOST = 1 << 26
 """Bytes kept in memory, about."""
 _PLAIN_UID = re.compile(rb"[0-9.]+")
 _PLAIN_TEXT = re.compile(rb"[ -\[\]-~]*")
+_WORDS = frozenset({"LO", "SH", "ST", "LT"})
 _APART = frozenset({Action.SHIFT.name, Action.CLEAN.name})
 """Actions whose outcome depends on the patient or on the instance's names."""
 _PLAIN_AGE = re.compile(rb"[0-9]{3}[YMWD]")
@@ -494,6 +495,8 @@ class Fast:
         if action is Action.SHIFT:
             moved = context.patient.items.shifted(value.decode("ascii").strip(" "), vr).encode("ascii")
             return _element(tag, vr, _even(moved, b" "), implicit)
+        if action is Action.KEEP_TEXT and vr in _WORDS:
+            return _element(tag, vr, _even(value.strip(b" "), b" "), implicit)
         if action in (Action.EMPTY, Action.DUMMY):
             blank = (tag, vr, action, parents[-1] if parents else "")
             known = group.blanks.get(blank)

@@ -25,7 +25,7 @@ raises PhiError, or NotPlain where it cannot tell."""
 
 _FIRST, _WHOLE = 1 << 15, 1 << 26
 """Bytes of a file that are read first; of the longest that is read whole for its header or its frames."""
-_BUFFER = 1 << 20
+_BUFFER = 1 << 17
 _PHOTOMETRIC = 0x00280004
 NATIVE = frozenset({"1.2.840.10008.1.2", "1.2.840.10008.1.2.1"})
 _mine = threading.local()
