@@ -71,7 +71,7 @@ def sets(count: int) -> Iterator[tuple[str, list[View]]]:
         yield "chest, children, 224 x 224", [np.asarray(Image.open(file).convert("L")) for file in chosen]
         slices = sorted((data / "ct_contrast_tcga").rglob("*.dcm"))
         yield "chest CT 512 x 512", [shown(file) for file in slices[: count // 2]]
-    yield "phantom DX 2000 x 1600", [phantom(seed, "B", 2000, 1600) for seed in range(max(count // 8, 2))]
+    yield "phantom DX 2000 x 1600", [phantom(seed, "B", 2000, 1600) for seed in range(max(count // 4, 4))]
 
 
 def value_for(rng: random.Random, behind: View, faint: bool) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,21 @@ def test_white_text_on_white_goes() -> None:
     where = burn(plane, TEXT, at=(20, 40), size_px=16, value=4095)
     frames, _ = stored_frames(cleaned(image(plane)))
     assert len(np.unique(inside(frames, where))) == 1
+
+
+def test_one_small_text_in_a_large_image_is_found() -> None:
+    """A radiograph of millions of pixels with one line of 12: the detector must see it in parts, or it sees nothing."""
+    scanner = replace(phantoms.SCANNERS["B"], rows=1280, columns=1280)
+    rng = np.random.default_rng(4)
+    plane = phantoms.radiograph(phantoms.anatomy(rng, sex="M", age_years=50), scanner, rng, finding=False)
+    view = (plane >> 6).astype(np.uint8)
+    where = burn(view, TEXT, at=(600, 700), size_px=12, value=255 if np.median(view[700:712, 600:750]) < 128 else 0)
+    x, y, width, height = where.box
+    boxes = READER.texts(view[:, :, np.newaxis])
+    assert any(
+        box.x0 <= x + 4 and box.x1 >= x + width - 4 and box.y0 <= y + 4 and box.y1 >= y + height - 4 for box in boxes
+    )
+    assert sum((box.x1 - box.x0) * (box.y1 - box.y0) for box in boxes) < 0.01 * view.size
 
 
 def test_monochrome1_is_filled_with_what_looks_black() -> None:
