@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
 from datetime import date, timedelta
+from functools import cache
 from typing import Any
 
+from pydicom._dicom_dict import DicomDictionary
 from pydicom.datadict import keyword_for_tag
 from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
@@ -223,10 +226,22 @@ def _dummy(vr: str) -> Any:
 
 
 def kept_bytes(element: DataElement | RawDataElement) -> DataElement | RawDataElement | None:
-    """The element as it is; a number whose bytes are not whole numbers goes."""
+    """The element as it is; numbers go if their bytes are not whole ones, or more than the attribute has values.
+
+    A forged length makes an element's value of all that follows it, names and private elements among them.
+    """
+    size = NUMBER_BYTES.get(vr_of(element), 0)
     if not isinstance(element, RawDataElement):
-        return copy.copy(element)
-    return None if len(element.value or b"") % NUMBER_BYTES.get(vr_of(element), 1) else element
+        return None if size and _most_values(int(element.tag)) < element.VM else copy.copy(element)
+    length = len(element.value or b"")
+    return None if size and (length % size or length > size * _most_values(int(element.tag))) else element
+
+
+@cache
+def _most_values(tag: int) -> float:
+    """How many values an attribute may have (PS3.6)."""
+    most = DicomDictionary.get(tag, ("", "1-n"))[1].split("-")[-1]
+    return int(most) if most.isdigit() else math.inf
 
 
 def kept_string(element: DataElement | RawDataElement) -> DataElement | RawDataElement | None:
