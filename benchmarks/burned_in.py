@@ -23,7 +23,7 @@ import pydicom
 from numpy.typing import NDArray
 from PIL import Image
 
-from radloop.dicom.burned_in import _MARGIN
+from radloop.dicom.burned_in import MARGIN
 from radloop.dicom.burned_in.ocr import Reader
 from radloop.imaging.frames import displayed, stored_frames
 from radloop.testing import phantoms
@@ -99,7 +99,7 @@ def left_over(
     visible = np.abs(written.astype(int) - view) >= (12 if faint else 30)
     covered = np.zeros(view.shape, dtype=bool)
     for found in reader.texts(written[:, :, np.newaxis]):
-        box = found.wider(_MARGIN, view.shape)
+        box = found.wider(*MARGIN, view.shape)
         covered[box.y0 : box.y1, box.x0 : box.x1] = True
     return float((visible & ~covered).sum() / max(visible.sum(), 1))
 

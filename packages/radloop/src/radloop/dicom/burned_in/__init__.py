@@ -26,8 +26,8 @@ from radloop.imaging.frames import displayed, stored_frames
 __all__ = ["Decision", "Mode", "Pixels", "Rules"]
 
 Mode = Literal["clean", "refuse", "off"]
-_MARGIN, _SECOND_MARGIN = 0.3, 0.6
-"""Of a text's height: what stands around a box, and around one that was not enough."""
+MARGIN, _SECOND_MARGIN = (0.3, 1.0), (0.6, 2.0)
+"""In heights of the text, across and along it: what is emptied around a box, and around one that was not enough."""
 _AROUND = 48
 """Pixels beside what changed between two frames that are looked at with it."""
 _HEADER = str.split(
@@ -155,7 +155,7 @@ class Pixels:
         for box in decision.regions:
             shown[:, box.y0 : box.y1, box.x0 : box.x1] = 0
         seen = found(shown) if decision.look else []
-        boxes = [*decision.regions, *(box.wider(_MARGIN, _shape(shown)) for box in seen)]
+        boxes = [*decision.regions, *(box.wider(*MARGIN, _shape(shown)) for box in seen)]
         if not boxes:
             if decision.declared and decision.look:
                 raise DicomError(
@@ -179,7 +179,7 @@ class Pixels:
             if margin is None:
                 break
             shape = (frames.shape[1], frames.shape[2])
-            boxes = [*boxes, *(box.wider(margin, shape) for box in left)]
+            boxes = [*boxes, *(box.wider(*margin, shape) for box in left)]
         raise _text_left("text is still found in the pixels after cleaning", "look at the image")
 
 

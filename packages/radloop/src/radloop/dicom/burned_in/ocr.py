@@ -63,16 +63,20 @@ class Box:
         """Whether the two share a pixel."""
         return self.x0 < other.x1 and other.x0 < self.x1 and self.y0 < other.y1 and other.y0 < self.y1
 
-    def wider(self, margin: float, shape: tuple[int, int]) -> Box:
-        """With a margin in all directions, in shares of the shorter side and at least two pixels, inside `(rows, columns)`."""
-        more = max(round(margin * min(self.x1 - self.x0, self.y1 - self.y0)), 2)
+    def wider(self, across: float, along: float, shape: tuple[int, int]) -> Box:
+        """With margins of so many times the height of the text (the shorter side), at least two pixels, inside `(rows, columns)`.
+
+        Args:
+            across: above and below the line. along: before and after it, where letters may have been missed.
+            shape: of the image.
+        """
+        width, height = self.x1 - self.x0, self.y1 - self.y0
+        short = min(width, height)
+        narrow, wide = max(round(across * short), 2), max(round(along * short), 2)
+        x = wide if width > height else narrow
+        y = wide if height > width else narrow
         rows, columns = shape
-        return Box(
-            max(self.x0 - more, 0),
-            max(self.y0 - more, 0),
-            min(self.x1 + more, columns),
-            min(self.y1 + more, rows),
-        )
+        return Box(max(self.x0 - x, 0), max(self.y0 - y, 0), min(self.x1 + x, columns), min(self.y1 + y, rows))
 
 
 def installed() -> bool:
@@ -107,7 +111,7 @@ class Reader:
         judged = [self._judged(view, group) for group in _groups(quads)]
         boxes = [box for said, box in judged if said == "text"]
         shape = (view.shape[0], view.shape[1])
-        near = [box.wider(1.0, shape) for box in boxes]  # a letter beside a text is part of it
+        near = [box.wider(1.0, 1.0, shape) for box in boxes]  # a letter beside a text is part of it
         return boxes + [box for said, box in judged if said == "" and any(box.meets(other) for other in near)]
 
     def _load(self) -> None:
