@@ -152,7 +152,8 @@ def test_no_phi_leaves_the_three_folders(demo: Any) -> None:
     """One name in a log, a metric or a Parquet file is a breach that must be reported."""
     secrets = identifiers(demo.project / "hospital")
     assert leaks(secrets, demo.project, IDENTIFIED) == []
-    assert not secrets.search(demo.stderr.encode())
+    said = (demo.stderr.encode()).lower()
+    assert not [secret for secret in secrets if secret in said]
 
 
 def test_report_opens_in_a_browser(demo: Any) -> None:
