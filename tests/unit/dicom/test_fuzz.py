@@ -195,6 +195,21 @@ def test_broken_files_are_stored_and_cleaned_or_refused(tmp_path: Path, files: i
     print(f"{files} files: {dict(sorted(counts.items()))}, memory grew by {grown >> 20} MiB")
 
 
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "seed",
+    [
+        pytest.param(11, id="thousands of JPEG segments in one another: hours in the gate"),
+        pytest.param(4098, id="a number as long as the rest of the header, names and all"),
+    ],
+)
+def test_files_that_once_got_through(tmp_path: Path, seed: int) -> None:
+    """What fuzzing has found must not come back."""
+    process = run(tmp_path, seed, seed + 1)
+    _, complaint = process.communicate(timeout=240)
+    assert process.returncode == 0, complaint[-2000:]
+
+
 if __name__ == "__main__":
     began = time.monotonic()
     main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
