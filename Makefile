@@ -9,6 +9,8 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 BIN := .venvs/core/bin
 # `make run ARGS="--size small --fresh"`, `make test ARGS="tests/unit/dicom -x"`
 ARGS ?=
+# Tests at once; a file's tests stay together.
+JOBS ?= 2
 # `make airflow`: the project's folder, and the port on which Airflow answers.
 PROJECT ?= .
 PORT ?= 8081
@@ -29,7 +31,7 @@ setup: ## make the environments that locks/ describes (PYTHON= names a Python 3.
 
 .PHONY: test
 test: setup ## run the tests (ARGS: options of pytest)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 .PHONY: test-cluster
 test-cluster: setup ## run the Kubernetes engine's tests on a cluster of this machine (root; RADLOOP_TEST_CLUSTER names what makes one)
@@ -53,6 +55,16 @@ torture: setup ## run the long tests too: kills at many seeded moments
 bench: setup ## measure what we promise about speed, and our peers in the same run
 	@PYTHON="$(PYTHON)" scripts/setup airflow bench
 	@$(BIN)/python benchmarks/engines.py
+
+.PHONY: bench-dicom
+bench-dicom: setup ## measure receiving, fetching and de-identifying, beside Orthanc, dcmtk and the de-identifiers on PyPI
+	@PYTHON="$(PYTHON)" scripts/setup bench
+	@for one in dicom_store dicom_stow dicom_pacs dicom; do $(BIN)/python benchmarks/$$one.py || true; done
+
+.PHONY: bench-serving
+bench-serving: setup ## measure what serving adds to a model's own time, and how often the judge errs
+	@$(BIN)/python benchmarks/serving.py || true
+	@$(BIN)/python benchmarks/judge.py
 
 .PHONY: lint
 lint: setup ## style, imports between the rooms, declared dependencies
