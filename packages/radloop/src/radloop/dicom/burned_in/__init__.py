@@ -26,7 +26,7 @@ from radloop.imaging.frames import displayed, stored_frames
 __all__ = ["Decision", "Mode", "Pixels", "Rules"]
 
 Mode = Literal["clean", "refuse", "off"]
-MARGIN, _SECOND_MARGIN = (0.3, 1.0), (0.6, 2.0)
+MARGIN, _SECOND_MARGIN = (0.3, 0.3), (0.6, 2.0)
 """In heights of the text, across and along it: what is emptied around a box, and around one that was not enough."""
 _AROUND = 48
 """Pixels beside what changed between two frames that are looked at with it."""
