@@ -59,7 +59,9 @@ def test_c_store_over_mutual_tls(
     radloop: Command, project: Path, certificates: Path, tmp_path: Path, require_service: Callable[..., str]
 ) -> None:
     """If this failed, images would cross a hospital's network in the clear, or be taken from whoever knows an AE title."""
-    storescu = str(Path(require_service("dcmtk", "dcmqrscp")).with_name("storescu"))  # pynetdicom has one of that name too
+    storescu = str(
+        Path(require_service("dcmtk", "dcmqrscp")).with_name("storescu")
+    )  # pynetdicom has one of that name too
     configure(project, SENDERS + _tls(certificates, mutual=True))
     file = write_dicom(tmp_path / "one.dcm")
     ours = ("+tls", str(certificates / "client.key"), str(certificates / "client.crt"))

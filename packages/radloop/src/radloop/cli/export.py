@@ -80,7 +80,7 @@ def register(app: typer.Typer) -> None:
         ],
         extras: Annotated[
             str, typer.Option("--extras", metavar="NAMES", help="Extras of radloop that `--env-manager uv` installs.")
-        ] = "pixels,train",
+        ] = "pixels,ocr,train",
         project: Project = HERE,
         json: Json = False,
     ) -> None:

@@ -63,8 +63,8 @@ def execute(request: Request, emit: Emit, approved: Approved = never_approved) -
     """Run the stage a request names, commit its outputs, and say how it ended. Never raises for a stage's failure.
 
     What stands under the same key is taken instead (`cached`). A gate that says stop gives `stopped`; one that says wait,
-    or a missing approval, or `NotYet`, gives `waiting`; any other exception gives `failed` with its message. `emit` receives `started`,
-    progress and log lines, and always, last, `closed`.
+    or a missing approval, or `NotYet`, gives `waiting`; any other exception gives `failed` with its message. `emit` receives
+    `started`, progress and log lines, and always, last, `closed`.
     """
     began = time.perf_counter()
     emit(Event(event="started", node=request.node, at=time.time()))
