@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -289,6 +290,22 @@ def test_a_multi_frame_file_that_lacks_frames_is_truncated() -> None:
     with pytest.raises(DicomError) as caught:
         read_header(data[:position] + data[position + 8 + length :])
     assert caught.value.reason == Reason.TRUNCATED
+
+
+def test_a_deflated_file_that_swells_without_end_is_refused_before_it_does() -> None:
+    """One file of 4 MB that becomes 4 GB ends the listener, and with it everybody's sending."""
+    small = image(syntax=DeflatedExplicitVRLittleEndian)
+    start = small.index(b"1.2.840.10008.1.2.1.99")
+    meta_length = struct.unpack_from("<L", small, 140)[0]
+    assert start < 144 + meta_length
+    bomb = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    zeros = bytes(1 << 24)
+    body = b"".join(bomb.compress(zeros) for _ in range(40)) + bomb.flush()
+    limits = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DicomError, match="larger than 512 MiB") as caught:
+        read_header(small[: 144 + meta_length] + body)
+    assert caught.value.reason == Reason.UNSUPPORTED_OBJECT
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - limits < 200 << 10
 
 
 def test_a_dicomdir_is_kept_apart(landing: Landing) -> None:

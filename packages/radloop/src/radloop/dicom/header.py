@@ -47,6 +47,8 @@ _KEYWORDS = [
 ]
 _IDENTITY = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
 _NUMBERS = frozenset({"Rows", "Columns", "SamplesPerPixel", "BitsAllocated"})
+_DEFLATED, _MOST_INFLATED = b"1.2.840.10008.1.2.1.99", 512 << 20
+_LONGEST_META, _PIECE = 1 << 20, 1 << 16
 _DICOMDIR = "1.2.840.10008.1.3.10"
 _VIDEO_FROM = "1.2.840.10008.1.2.4.10"  # MPEG2, MPEG-4 AVC, HEVC: one stream for all frames
 _UID = re.compile(r"[0-9]+(\.[0-9]+)+")
@@ -97,10 +99,39 @@ def read_header(data: bytes | bytearray | memoryview) -> Header:
     return _plain(data) or _read(bytes(data))
 
 
+def check_inflated(data: bytes | bytearray | memoryview) -> None:
+    """A deflated data set follows the File Meta Information (PS3.5 A.5): measure it before anything holds it whole.
+
+    Raises:
+        DicomError: UNSUPPORTED_OBJECT, it swells beyond 512 MiB.
+    """
+    if _DEFLATED not in bytes(data[:2048]):
+        return
+    try:
+        start = _walk_meta(bytes(data[:_LONGEST_META]))
+    except (_Cut, _Strange):
+        if len(data) > _LONGEST_META:
+            raise _refuse(Reason.UNSUPPORTED_OBJECT, "the file meta information is too long") from None
+        return
+    inflate, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    try:
+        for at in range(start, len(data), _PIECE):
+            rest = bytes(data[at : at + _PIECE])
+            while rest and not inflate.eof:
+                total += len(inflate.decompress(rest, 1 << 20))
+                rest = inflate.unconsumed_tail
+                if total > _MOST_INFLATED:
+                    detail = f"the deflated data set is larger than {_MOST_INFLATED >> 20} MiB"
+                    raise _refuse(Reason.UNSUPPORTED_OBJECT, detail)
+    except zlib.error:
+        return  # whoever reads it will say so
+
+
 def _read(data: bytes) -> Header:
     preamble = data[128:132] == b"DICM"
     if not preamble and not _looks_like_a_dataset(data):
         raise _refuse(Reason.NOT_DICOM, "no DICM prefix, and does not begin with a DICOM element")
+    check_inflated(data)
     try:
         dataset = pydicom.dcmread(BytesIO(data), stop_before_pixels=True, specific_tags=_KEYWORDS, force=True)
         meta_class = str(dataset.file_meta.get("MediaStorageSOPClassUID", "") or "")

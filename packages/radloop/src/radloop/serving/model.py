@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from pydicom.errors import InvalidDicomError
 
 from radloop.catalog.reason import Reason
 from radloop.dicom import tags
+from radloop.dicom.header import check_inflated
 from radloop.dicom.results import is_result
 from radloop.dicom.uids import Pseudonymiser
 from radloop.errors import DicomError, ServingError
@@ -36,8 +36,6 @@ _IDENTIFYING = (
     "ReferringPhysicianName",
     "OperatorsName",
 )
-_DEFLATED = b"1.2.840.10008.1.2.1.99"
-_MAX_INFLATED_BYTES = 512 * 1024 * 1024
 
 
 class Examined(msgspec.Struct, frozen=True):
@@ -158,8 +156,7 @@ def read_dicom(data: bytes) -> pydicom.Dataset:
     Raises:
         DicomError: NOT_DICOM, TRUNCATED, or UNSUPPORTED_OBJECT for a deflated file that swells beyond 512 MiB.
     """
-    if _DEFLATED in data[:2048]:
-        _check_inflated(data)
+    check_inflated(data)
     try:
         ds = pydicom.dcmread(io.BytesIO(data))
         for _element in ds:  # elements are read lazily: have them all, or the error, here
@@ -180,25 +177,6 @@ def read_dicom(data: bytes) -> pydicom.Dataset:
             next_step="send the file again; if it fails again, it is damaged at the source",
         ) from None
     return ds
-
-
-def _check_inflated(data: bytes) -> None:
-    """A deflated data set follows the File Meta Information (PS3.5 A.5); measure it before anything holds it whole."""
-    meta_end = 128 + 4 + 12 + int.from_bytes(data[140:144], "little")
-    inflate, rest, total = zlib.decompressobj(-zlib.MAX_WBITS), data[meta_end:], 0
-    try:
-        while rest and not inflate.eof:
-            total += len(inflate.decompress(rest, 1 << 20))
-            rest = inflate.unconsumed_tail
-            if total > _MAX_INFLATED_BYTES:
-                raise DicomError(
-                    "the deflated data set is too large",
-                    reason=Reason.UNSUPPORTED_OBJECT,
-                    expected=f"at most {_MAX_INFLATED_BYTES} bytes",
-                    got="more",
-                )
-    except zlib.error:
-        return  # pydicom will say so
 
 
 def _loggable(ds: pydicom.Dataset, described: dict[str, Any]) -> dict[str, Any]:

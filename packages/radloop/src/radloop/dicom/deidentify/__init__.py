@@ -35,7 +35,7 @@ from radloop.dicom.deidentify.items import DUMMY_TEXT, MAX_DEPTH, Items
 from radloop.dicom.deidentify.meta import file_meta
 from radloop.dicom.deidentify.rewrite import Written, rewrite
 from radloop.dicom.deidentify.values import age_of, refuse, text_of, texts_of
-from radloop.dicom.header import check_whole
+from radloop.dicom.header import check_inflated, check_whole
 from radloop.dicom.profile import Action, Profile, named, table, tables_digest
 from radloop.dicom.tags import describe
 from radloop.dicom.uids import Pseudonymiser
@@ -286,8 +286,9 @@ def read(data: bytes) -> Dataset:
     """A Dataset from the bytes of a DICOM file (PS3.10).
 
     Raises:
-        DicomError: NOT_DICOM or TRUNCATED.
+        DicomError: NOT_DICOM or TRUNCATED; UNSUPPORTED_OBJECT for a deflated one that swells beyond 512 MiB.
     """
+    check_inflated(data)
     try:
         return pydicom.dcmread(io.BytesIO(data))
     except InvalidDicomError:
