@@ -200,6 +200,7 @@ def test_broken_files_are_stored_and_cleaned_or_refused(tmp_path: Path, files: i
     "seed",
     [
         pytest.param(11, id="thousands of JPEG segments in one another: hours in the gate"),
+        pytest.param(16190, id="empty PixelData of a VR that there is not"),
         pytest.param(4098, id="a number as long as the rest of the header, names and all"),
     ],
 )

@@ -301,11 +301,12 @@ def read(data: bytes) -> Dataset:
 
 def _same_pixels(original: Dataset, reread: Dataset) -> bool:
     """Whether the pixel data element has the same bytes; one that was of odd length may have got its padding byte."""
-    before, after = original.get_item("PixelData"), reread.get_item("PixelData")
+    before, after = (ds.get_item("PixelData", keep_deferred=True) for ds in (original, reread))
     if before is None or after is None:
         return before is after
-    padding = b"\0" if len(before.value) % 2 else b""
-    return bool(after.value in (before.value, before.value + padding))
+    value = before.value or b""
+    padding = b"\0" if len(value) % 2 else b""
+    return bool((after.value or b"") in (value, value + padding))
 
 
 def _code(value: str, meaning: str) -> Dataset:

@@ -57,7 +57,7 @@ def remove(ds: Dataset) -> bool:
     Args:
         ds: with PixelData as read, little endian, and a `file_meta` that names the transfer syntax.
     """
-    element = ds.get_item("PixelData")
+    element = ds.get_item("PixelData", keep_deferred=True)
     value = None if element is None else element.value
     if not isinstance(value, bytes):
         return False

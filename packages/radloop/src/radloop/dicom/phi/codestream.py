@@ -28,7 +28,7 @@ def codestream_texts(ds: Dataset) -> Iterator[str]:
     """
     if "PixelData" not in ds:
         return
-    value = ds.get_item("PixelData").value
+    value = ds.get_item("PixelData", keep_deferred=True).value
     if isinstance(value, bytes):
         frames = _number(ds, "NumberOfFrames") or 1
         yield from pixel_texts(value, str(ds.file_meta.TransferSyntaxUID), _native_bytes(ds), frames)
