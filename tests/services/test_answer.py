@@ -17,8 +17,9 @@ import pytest
 
 from radloop.cli.init import make_project
 from radloop.dicom import results
+from radloop.dicom.audit.message import message
 from radloop.serving import rollout
-from radloop.serving.desired import ModelRef
+from radloop.serving.desired import Desired, ModelRef, desired
 from radloop.stages.project import open_catalog, open_landing
 from radloop.testing.pacs_peers import Orthanc
 
@@ -117,7 +118,54 @@ def test_a_study_gets_its_result_once_and_under_its_own_name(hospital: Hospital)
         prediction = told[number - 1]["said"][0] if told[0]["said"] else ""
         assert prediction
     assert hospital.answer() == []
-    assert {row.subject for row in hospital.rows("result")} >= {one["study"] for one in told} and hospital.rows("audit")
+    assert {row.subject for row in hospital.rows("result")} >= {one["study"] for one in told}
+    actions = {row.payload["action"]: row for row in hospital.rows("audit")}
+    assert {"landing read", "results sent"} <= actions.keys(), "who looked at whom, and where it went, must be told"
+    assert b"DICOM Instances Transferred" in message(actions["results sent"], "test")
+
+
+def test_a_study_answered_by_the_challenger_is_answered_once(hospital: Hospital) -> None:
+    """Under a canary the answer is not the champion's: asking again and again would fill the PACS with reports."""
+    key = bytes.fromhex((hospital.project / "radloop.key").read_text().strip())
+    digest = packages.build(hospital.project / "models" / "2", weight=2.0, key=key)
+    challenger = ModelRef(package="models/2", version="2", model_digest=digest)
+    champion = (desired(hospital.project) or Desired()).models.champion
+    assert champion is not None
+    rollout.deploy(hospital.project, rollout.canary(hospital.project, challenger, 100), timeout_s=60)
+    try:
+        hospital.receive(study(9))
+        assert [(one["version"], one["analysed"]) for one in hospital.answer()] == [("2", 1)]
+        assert hospital.answer() == []
+        rollout.deploy(hospital.project, rollout.promoted(hospital.project), timeout_s=60)
+        hospital.answer()
+        uid = str(pydicom.dcmread(io.BytesIO(study(9))).StudyInstanceUID)
+        assert [ds.Modality for ds in hospital.stored(uid)].count("SR") == 1, "its result is the new champion's already"
+    finally:
+        rollout.deploy(hospital.project, rollout.single(hospital.project, champion), timeout_s=60)
+
+
+def test_a_kill_after_sending_sends_the_same_again(hospital: Hospital) -> None:
+    """A second report of the same answer, under another UID, reads as a second opinion."""
+    hospital.receive(study(10))
+    uid = str(pydicom.dcmread(io.BytesIO(study(10))).StudyInstanceUID)
+    code = (
+        "import os, sys\n"
+        "from radloop.cli import answer\n"
+        "sent = answer.Desk._sent\n"
+        "answer.Desk._sent = lambda *a: (sent(*a), os._exit(9))\n"
+        "from radloop.cli.app import run_app\n"
+        "sys.exit(run_app(['answer', '--to', 'reading', '--json']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=hospital.project, capture_output=True, timeout=120, check=False
+    )
+    assert done.returncode == 9, done.stderr
+    first = {str(ds.SOPInstanceUID) for ds in hospital.stored(uid)}
+    assert len(first) == 2
+    (told,) = hospital.answer()
+    assert told["analysed"] == 1
+    assert {str(ds.SOPInstanceUID) for ds in hospital.stored(uid)} == first
+    assert not list((hospital.project / "landing" / ".results").iterdir())
 
 
 def test_results_that_come_back_are_not_answered_again(hospital: Hospital) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
+import hashlib
+import io
+import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +31,7 @@ DEADLINE_S = 300.0
 _LOOK_EVERY_S = 2.0
 _AGAIN_S = 30.0
 _ACTOR = "answer"
+_PAYLOAD = "result.json"
 
 
 def register(app: typer.Typer) -> None:
@@ -174,7 +177,7 @@ class Desk:
         with open_pacs(self._project, source) as archive:
             queries = [Query(accessions=(one,)) for one in accessions] + [Query(study_uids=(one,)) for one in studies]
             uids = list(dict.fromkeys(found.study_uid for query in queries for found in archive.find(query)))
-            self._audit(source, [names.uid(uid) for uid in uids])
+            self._audit("pacs fetch", source, [names.uid(uid) for uid in uids])
             for uid in uids:
                 files: list[bytes] = []
                 archive.fetch(uid, lambda data, files=files: files.append(bytes(data)))  # type: ignore[misc]
@@ -192,44 +195,49 @@ class Desk:
         self, study: str, files: Sequence[bytes], digest: str, *, through: int = 0, site: str | None = None
     ) -> dict[str, Any] | None:
         """Read one study and send what is said of it; None if there is nothing to say, or it was said."""
+        import msgspec
+
         from radloop.serving import reading
 
         images = reading.images_of(files)
         state = reading.state_of(images)
         if not images or self._is_done(study, digest, state=state):
             return None
-        former = self._former(study)
-        made = reading.read(
-            images,
-            self._asker(site or self._site(study)),
-            self._served,
-            digest,
-            at=datetime.now().astimezone(),
-            deadline_s=self._deadline_s,
-            previous=None if former is None else self._cited(former, str(images[0].ds.StudyInstanceUID)),
-        )
-        self._send(made)
-        payload = {
-            "state": state, "through": through, "model_digest": made.algorithm.digest, "version": made.algorithm.version,
-            "to": self._pacs.name, "said": made.said, "analysed": made.analysed, "instances": len(made.instances),
-        }  # fmt: skip
         key = f"result:{study}:{state}:{digest}:{self._pacs.name}"
+        outbox = self._project / "landing" / ".results" / hashlib.sha256(key.encode()).hexdigest()[:32]
+        if not (outbox / _PAYLOAD).exists():
+            former = self._former(study)
+            made = reading.read(
+                images,
+                self._asker(site or self._site(study)),
+                self._served,
+                digest,
+                at=datetime.now().astimezone(),
+                deadline_s=self._deadline_s,
+                previous=None if former is None else self._cited(former, str(images[0].ds.StudyInstanceUID)),
+            )
+            facts = {"state": state, "through": through, "asked": digest, "to": self._pacs.name}
+            _keep(outbox, made, facts)
+        payload = msgspec.json.decode((outbox / _PAYLOAD).read_bytes(), type=dict[str, Any])
+        self._sent(sorted(outbox.glob("*.dcm")), study)
         self._catalog.ledger.append("result", study, payload, actor=_ACTOR, key=key)
-        words = f"{made.analysed} of {len(made.said)} images analysed by version {made.algorithm.version}"
+        shutil.rmtree(outbox)
+        words = f"{payload['analysed']} of {len(payload['said'])} images analysed by version {payload['version']}"
         return {"study": study, **payload, "message": f"{study[-12:]}: {words}; sent to {self._pacs.name}"}
 
-    def _send(self, made: Reading) -> None:
-        landing = self._project / "landing"  # identified, as what lies there
-        landing.mkdir(mode=0o700, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=landing, prefix=".results-") as folder:
-            paths = []
-            for number, ds in enumerate(made.instances):
-                paths.append(Path(folder) / f"{number}.dcm")
-                ds.save_as(paths[-1], enforce_file_format=True)
-            refused = [sent for sent in self._pacs.send(paths) if not sent.stored]
+    def _sent(self, paths: list[Path], study: str) -> None:
+        """Send them; returns when the PACS has them all."""
+        from radloop.catalog.audit import record
+
+        refused = [sent for sent in self._pacs.send(paths) if not sent.stored]
+        detail = {"instances": len(paths), "to": self._pacs.name}
+        record(
+            self._catalog.ledger, "results sent", self._pacs.name,
+            actor=_ACTOR, pseudonyms=[study], detail=detail, failed=bool(refused),
+        )  # fmt: skip
         if refused:
             raise ServingError(
-                f"{self._pacs.name} did not store {len(refused)} of {len(made.instances)} results",
+                f"{self._pacs.name} did not store {len(refused)} of {len(paths)} results",
                 expected="status 0000 (Success)",
                 got=f"{refused[0].status:04X}",
                 next_step="see the PACS's log; the results are sent again by the next `radloop answer`",
@@ -282,7 +290,7 @@ class Desk:
         landing = open_landing(self._project, self._catalog)
         paths = [landing.landed(row.source_sha256) for row in self._catalog.of_study(state.study_uid)]
         there = [path for path in paths if path.exists()]
-        self._audit("landing", [state.study_uid])
+        self._audit("landing read", "landing", [state.study_uid])
         if len(there) < len(paths):
             raise DataError(
                 f"{len(paths) - len(there)} of {len(paths)} originals of a study are gone from landing",
@@ -295,15 +303,21 @@ class Desk:
         rows = self._catalog.of_study(study)
         return rows[0].site if rows else ""
 
-    def _audit(self, where: str, studies: list[str]) -> None:
-        payload = {"action": "read", "what": where, "why": "results for the PACS", "pseudonyms": sorted(studies)}
-        self._catalog.ledger.append("audit", where, payload, actor=_ACTOR)
+    def _audit(self, action: str, subject: str, studies: list[str]) -> None:
+        from radloop.catalog.audit import record
+
+        detail = {"kind": "study"}
+        why = "results for the PACS"
+        record(self._catalog.ledger, action, subject, actor=_ACTOR, why=why, pseudonyms=studies, detail=detail)
 
     def _is_done(self, study: str, digest: str, **told: Any) -> bool:
-        """Whether a result of this model was sent for this state of the study."""
-        wanted = {"model_digest": digest, "to": self._pacs.name, **told}
-        rows = self._catalog.ledger.rows(kind="result", subject=study)
-        return any(all(row.payload[name] == value for name, value in wanted.items()) for row in rows)
+        """Whether this state of the study has a result of this model, or one that another gave while this was champion."""
+        wanted = {"to": self._pacs.name, **told}
+        rows = [row.payload for row in self._catalog.ledger.rows(kind="result", subject=study)]
+        return any(
+            digest in (row["model_digest"], row["asked"]) and all(row[name] == value for name, value in wanted.items())
+            for row in rows
+        )
 
     def _former(self, study: str) -> LedgerRow | None:
         rows = self._catalog.ledger.rows(kind="result", subject=study)
@@ -317,3 +331,23 @@ class Desk:
         told = former.payload
         algorithm = results.Algorithm(name="", version=str(told["version"]), digest=str(told["model_digest"]))
         return results.former(study_uid, [str(one) for one in told["said"]], algorithm)
+
+
+def _keep(outbox: Path, made: Reading, facts: dict[str, Any]) -> None:
+    """Write what is to be sent, for good, before it is: a kill after the sending then sends the same again, not another."""
+    import msgspec
+
+    from radloop.dicom.landed import write_durably
+
+    outbox.mkdir(mode=0o700, parents=True, exist_ok=True)
+    files: dict[Path, bytes] = {}
+    for number, ds in enumerate(made.instances):
+        stream = io.BytesIO()
+        ds.save_as(stream, enforce_file_format=True)
+        files[outbox / f"{number}.dcm"] = stream.getvalue()
+    payload = facts | {
+        "model_digest": made.algorithm.digest, "version": made.algorithm.version,
+        "said": made.said, "analysed": made.analysed, "instances": len(files),
+    }  # fmt: skip
+    write_durably(files)
+    write_durably({outbox / _PAYLOAD: msgspec.json.encode(payload)})

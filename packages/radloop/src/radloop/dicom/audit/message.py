@@ -45,6 +45,7 @@ _EVENTS = {
     "patients unlink": _Event(_PATIENT_RECORD, "U"),
     "pacs find": _Event(("110112", "Query"), "E"),
     "pacs fetch": _Event(_TRANSFERRED, "C"),
+    "results sent": _Event(_TRANSFERRED, "C"),
     "ingest": _Event(_TRANSFERRED, "C"),
     "listen start": _Event(("110100", "Application Activity"), "E", ("110120", "Application Start")),
     "listen stop": _Event(("110100", "Application Activity"), "E", ("110121", "Application Stop")),
