@@ -7,7 +7,7 @@ import pytest
 
 from radloop.catalog.store import Catalog
 from radloop.dicom.identity import Crosswalk, Entry, Identity
-from radloop.errors import SettingsError
+from radloop.errors import DataError, SettingsError
 
 OLD, NEW = b"o" * 32, b"n" * 32
 NAME = "CANARY-4711"
@@ -132,3 +132,37 @@ def test_a_value_that_was_tampered_with_is_not_returned(home: Path, catalog: Cat
         database.execute("UPDATE identity SET value = substr(value, 1, length(value) - 4) || 'AAA='")
     with pytest.raises(SettingsError, match="damaged"):
         crosswalk.get(Identity.PATIENT, "P1", who="x", why="y")
+
+
+@pytest.mark.parametrize("way", ["put", "put again", "quick", "quick, other process"])
+def test_two_uids_with_one_pseudonym_are_an_error(home: Path, catalog: Catalog, way: str) -> None:
+    """Two studies that become one would show one patient's images as another's."""
+    crosswalk = Crosswalk(_path(home), OLD, catalog.ledger)
+    first = Entry(Identity.STUDY, "2.25.7", {"StudyInstanceUID": "1.2.3"})
+    crosswalk.put_many([first])
+    if way == "quick, other process":
+        crosswalk = Crosswalk(_path(home), OLD, catalog.ledger)
+    same = Entry(Identity.STUDY, "2.25.7", {"StudyInstanceUID": "1.2.3\0"})
+    other = Entry(Identity.STUDY, "2.25.7", {"StudyInstanceUID": "1.2.4"})
+
+    def put(entry: Entry) -> None:
+        if way.startswith("quick"):
+            crosswalk.put_rows(crosswalk.encrypted([entry]), durable=False)
+        else:
+            crosswalk.put_many([entry])
+
+    if way != "quick, other process":
+        put(same)
+    if way == "put again":
+        crosswalk.close()
+    with pytest.raises(DataError, match="two UIDs of one kind"):
+        put(other)
+    assert crosswalk.get(Identity.STUDY, "2.25.7", who="t", why="t") == {"StudyInstanceUID": "1.2.3"}
+
+
+def test_a_patient_may_be_written_in_several_ways(home: Path, catalog: Catalog) -> None:
+    """PatientIDs that differ in case are one patient, and no collision."""
+    crosswalk = Crosswalk(_path(home), OLD, catalog.ledger)
+    crosswalk.put_many([_patient(name="mrn-1")])
+    crosswalk.put_many([_patient(name="MRN-1 ")])
+    crosswalk.put_rows(crosswalk.encrypted([_patient(name="Mrn-1")]))

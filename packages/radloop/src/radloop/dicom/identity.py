@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from radloop.catalog.database import BUSY_TIMEOUT_MS, create_private, storage_errors
 from radloop.catalog.ledger import Kind, Ledger
-from radloop.errors import SettingsError
+from radloop.errors import DataError, SettingsError
 
 MIN_KEY_BYTES = 32
 _REMEMBERED = 4096
@@ -62,6 +62,7 @@ Row = tuple[str, str, bytes]
 """Kind, pseudonym, encrypted values: an entry as it is kept."""
 
 _OF_MANY = frozenset({Identity.PATIENT, Identity.ACCESSION, Identity.STUDY, Identity.SERIES})
+_UIDS = frozenset({Identity.STUDY, Identity.SERIES, Identity.INSTANCE})
 
 
 class Crosswalk:
@@ -89,7 +90,7 @@ class Crosswalk:
         self._durable = True
         self._right_key: bytes | None = None
         # Entries that are surely kept: a study's instances share all but one. Newest last, by kind and pseudonym.
-        self._remembered: dict[tuple[str, str], None] = {}
+        self._remembered: dict[tuple[str, str], str] = {}
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         create_private(self._path)
         try:
@@ -116,22 +117,44 @@ class Crosswalk:
 
         Raises:
             StorageFull: the disk is full; nothing was kept.
+            DataError: two UIDs have one pseudonym; nothing was kept.
         """
         unique = {(entry.kind.value, entry.pseudonym): entry for entry in reversed(list(entries))}
         with storage_errors("crosswalk"), self._lock:
             database = self._open()
             query = "SELECT 1 FROM identity WHERE kind = ? AND pseudonym = ?"
             known = {key for key in unique if database.execute(query, key).fetchone()}
+            for key in known:
+                self._check_same(unique[key])
             return self.put_rows(self.encrypted([entry for key, entry in unique.items() if key not in known]))
 
     def encrypted(self, entries: Iterable[Entry]) -> list[Row]:
-        """Entries made ready for `put_rows`; those that were put lately are left out."""
-        cipher = self._ciphers[0]
-        return [
-            (entry.kind.value, entry.pseudonym, cipher.encrypt(json.dumps(entry.values).encode()))
-            for entry in entries
-            if (entry.kind.value, entry.pseudonym) not in self._remembered
-        ]
+        """Entries made ready for `put_rows`; those that were put lately are left out. Raises DataError as `put_many`."""
+        cipher, made = self._ciphers[0], []
+        for entry in entries:
+            key = (entry.kind.value, entry.pseudonym)
+            if key not in self._remembered:
+                made.append((*key, cipher.encrypt(json.dumps(entry.values).encode())))
+            elif entry.kind in _UIDS and self._remembered[key] not in ("", _uid(entry.values)):
+                raise _collision(entry.kind)
+        return made
+
+    def _check_same(self, entry: Entry) -> None:
+        """Raise DataError when the pseudonym of a UID stands for another one already."""
+        key = (entry.kind.value, entry.pseudonym)
+        if entry.kind not in _UIDS:
+            return
+        if not self._remembered.get(key):
+            query = "SELECT value FROM identity WHERE kind = ? AND pseudonym = ?"
+            (value,) = self._open().execute(query, key).fetchone()
+            self._remember(*key, _uid(_decrypted(MultiFernet(self._ciphers), value)))
+        if self._remembered.get(key, _uid(entry.values)) != _uid(entry.values):
+            raise _collision(entry.kind)
+
+    def _remember(self, kind: str, pseudonym: str, uid: str) -> None:
+        self._remembered[kind, pseudonym] = uid
+        while len(self._remembered) > _REMEMBERED:
+            del self._remembered[next(iter(self._remembered))]
 
     def put_rows(self, rows: Sequence[Row], *, durable: bool = True) -> int:
         """Keep encrypted entries in one commit; how many were new. What is there already stays.
@@ -155,12 +178,24 @@ class Crosswalk:
                 before = database.total_changes
                 # OR IGNORE: another process may have put the same since.
                 database.executemany("INSERT OR IGNORE INTO identity (kind, pseudonym, value) VALUES (?, ?, ?)", rows)
-            for kind, pseudonym, _ in rows:
+                new = database.total_changes - before
+                if new < len(rows):
+                    self._check_kept(database, rows)
+            for kind, pseudonym, value in rows:
                 if kind in _OF_MANY:
-                    self._remembered[kind, pseudonym] = None
-            while len(self._remembered) > _REMEMBERED:
-                del self._remembered[next(iter(self._remembered))]
-            return database.total_changes - before
+                    said = _uid(_decrypted(MultiFernet(self._ciphers), value)) if kind in _UIDS else ""
+                    self._remember(kind, pseudonym, said)
+            return new
+
+    def _check_kept(self, database: sqlite3.Connection, rows: Sequence[Row]) -> None:
+        """Some were there already: whether they stand for the same UIDs."""
+        cipher = MultiFernet(self._ciphers)
+        for kind, pseudonym, value in rows:
+            if kind in _UIDS:
+                query = "SELECT value FROM identity WHERE kind = ? AND pseudonym = ?"
+                (kept,) = database.execute(query, (kind, pseudonym)).fetchone()
+                if _uid(_decrypted(cipher, kept)) != _uid(_decrypted(cipher, value)):
+                    raise _collision(Identity(kind))
 
     def missing(self, kind: Identity, pseudonyms: Iterable[str]) -> set[str]:
         """Those of these pseudonyms that the crosswalk does not know. Nothing is decrypted."""
@@ -272,6 +307,21 @@ def _transaction(database: sqlite3.Connection) -> Iterator[None]:
             database.execute("ROLLBACK")
         raise
     database.execute("COMMIT")
+
+
+def _uid(values: dict[str, str]) -> str:
+    """The UID of a study, a series or an instance, as its pseudonym is made from it."""
+    return next(iter(values.values())).strip(" \t\r\n\0")
+
+
+def _collision(kind: Identity) -> DataError:
+    """122 bits make this improbable beyond measure; should it happen, two patients' images must not become one."""
+    return DataError(
+        f"two UIDs of one kind ({kind}) have the same pseudonym",
+        expected="a pseudonym for each",
+        got="one for both; nothing of the second was kept",
+        next_step="keep a copy of the crosswalk and report this: it cannot be mended under the same project key",
+    )
 
 
 def _decrypted(cipher: MultiFernet, value: bytes) -> dict[str, str]:
