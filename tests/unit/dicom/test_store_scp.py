@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import contextlib
 import os
 import shutil
 import socket
@@ -337,8 +338,9 @@ def test_a_connection_that_never_associates_is_closed(landing: Landing, bytes_se
         stranger = socket.create_connection(("127.0.0.1", listener.port), timeout=30)
         stranger.sendall(bytes_sent)
         began = time.monotonic()
-        while stranger.recv(100):
-            pass
+        with contextlib.suppress(ConnectionResetError):  # closed with bytes unread: that is a reset
+            while stranger.recv(100):
+                pass
         assert time.monotonic() - began < 10
         stranger.close()
         _still_alive(listener, landing)
