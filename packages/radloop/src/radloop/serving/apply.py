@@ -70,13 +70,13 @@ class Cluster:
             ServingError: the cluster refuses, with its own words, or does not answer.
         """
         query = [("fieldManager", MANAGER), ("force", "true"), ("fieldValidation", "Strict")]
-        return self._call("PATCH", manifest, query, msgspec.json.encode(manifest).decode())
+        return self._call("PATCH", manifest, query, manifest)
 
     def get(self, manifest: Manifest) -> Manifest:
         """The object of this kind and name as the cluster has it. Raises as `apply`."""
         return self._call("GET", manifest, [], None)
 
-    def _call(self, method: str, manifest: Manifest, query: list[tuple[str, str]], body: str | None) -> Manifest:
+    def _call(self, method: str, manifest: Manifest, query: list[tuple[str, str]], body: Manifest | None) -> Manifest:
         from kubernetes.client import ApiException, rest
 
         metadata = manifest["metadata"]
