@@ -15,7 +15,7 @@ JOBS ?= 2
 PROJECT ?= .
 PORT ?= 8081
 # Debian packages that tests start; radloop itself needs none of them (but openssh-client, where approvals are signed).
-TEST_PACKAGES := chromium dcmtk dicom3tools openssh-client openssl orthanc orthanc-dicomweb
+TEST_PACKAGES := chromium dcmtk dicom3tools openssh-client openssl orthanc orthanc-dicomweb postgresql
 
 .PHONY: help
 help: ## list the targets

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from radloop.testing.postgresql import PostgreSQL
 
 ROOT = Path(__file__).resolve().parents[1]
 # These run in the Airflow environment, with settings of their own: `make test-airflow`.
@@ -64,6 +68,17 @@ def require_service() -> Callable[..., str]:
         raise AssertionError
 
     return find
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgreSQL]:
+    """Return a real PostgreSQL that asks for a password; `postgresql.database()` makes an empty database in it."""
+    from radloop.testing.postgresql import PostgreSQL, binaries
+
+    if binaries() is None:
+        _absent("services", "PostgreSQL is not installed; `make test-deps` installs it")
+    with PostgreSQL() as server:
+        yield server
 
 
 @pytest.fixture

@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import create_engine, text
 from sqlalchemy.exc import DatabaseError
 
 from radloop.catalog import migrations, schema
@@ -22,25 +22,34 @@ def _url(home: Path) -> str:
     return f"sqlite:///{home}/catalog.db"
 
 
-def test_migrations_lead_to_the_schema_that_the_code_uses(home: Path) -> None:
+def _execute(url: str, statement: str) -> Any:
+    """With the database's own means, around radloop: the first value of what comes back, if anything does."""
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        done = connection.execute(text(statement))
+        value = done.scalar() if done.returns_rows else None
+    engine.dispose()
+    return value
+
+
+def test_migrations_lead_to_the_schema_that_the_code_uses(url: str) -> None:
     """If this failed, an upgraded catalog and a new one would differ, and a column would be missing in one of them."""
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
     from alembic.script import ScriptDirectory
 
-    with Catalog(_url(home)) as catalog, catalog._read() as connection:
+    with Catalog(url) as catalog, catalog._read() as connection:
         assert compare_metadata(MigrationContext.configure(connection), schema.metadata) == []
     script = ScriptDirectory.from_config(migrations.config())
     assert script.get_heads() == [SCHEMA_VERSIONS[-1]]
     assert tuple(reversed([r.revision for r in script.walk_revisions()])) == SCHEMA_VERSIONS
 
 
-def test_a_catalog_of_the_first_version_is_upgraded(home: Path) -> None:
+def test_a_catalog_of_the_first_version_is_upgraded(url: str) -> None:
     """If this failed, an upgrade of radloop would lose a project, let its images wait anew, or leave its ledger unsealed."""
     from alembic import command
-    from sqlalchemy import create_engine
 
-    engine = create_engine(_url(home))
+    engine = create_engine(url)
     with engine.begin() as connection:
         command.upgrade(migrations.config(connection), "0001")
         columns = "sop_uid, revision, study_uid, series_uid, patient, key_id, site, sender, sop_class_uid"
@@ -54,7 +63,7 @@ def test_a_catalog_of_the_first_version_is_upgraded(home: Path) -> None:
             fields = f"{number}, '2020-01-01', 'audit', 's{number}', 'ada', '{{\"a\": 0.1}}'"
             connection.execute(text(f"INSERT INTO ledger (seq, at, kind, subject, actor, payload) VALUES ({fields})"))
     engine.dispose()
-    with Catalog(_url(home)) as catalog:
+    with Catalog(url) as catalog:
         assert [study.study_uid for study in catalog.unreleased()] == ["S-I2"]
         assert catalog.ledger.verify().rows == 2
         assert catalog.ledger.append("audit", "s3", {}, actor="ada")
@@ -64,23 +73,22 @@ def test_a_catalog_of_the_first_version_is_upgraded(home: Path) -> None:
             connection.execute(text("UPDATE ledger SET actor = 'nobody'"))
 
 
-def test_a_newer_schema_is_refused_with_both_versions(home: Path) -> None:
+def test_a_newer_schema_is_refused_with_both_versions(url: str) -> None:
     """If this failed, an old radloop would write into a catalog that it does not understand."""
-    Catalog(_url(home)).close()
-    with sqlite3.connect(home / "catalog.db") as database:
-        database.execute("UPDATE alembic_version SET version_num = '9999'")
+    Catalog(url).close()
+    _execute(url, "UPDATE alembic_version SET version_num = '9999'")
     with pytest.raises(SettingsError, match=f"newer radloop\n.*{SCHEMA_VERSIONS[-1]}.*\n.*9999"):
-        Catalog(_url(home))
+        Catalog(url)
 
 
-def test_opening_a_catalog_at_head_does_not_import_alembic(home: Path) -> None:
+def test_opening_a_catalog_at_head_does_not_import_alembic(url: str) -> None:
     """If this failed, every command and every stage would pay a second for migrations that are not needed."""
-    Catalog(_url(home)).close()
+    Catalog(url).close()
     code = (
         "import sys; from radloop.catalog.store import Catalog; Catalog(sys.argv[1]).close(); "
         "sys.exit('alembic' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code, _url(home)], check=False, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code, url], check=False, timeout=60).returncode == 0
 
 
 def test_a_commit_survives_a_power_cut_and_nobody_else_reads_it(home: Path) -> None:
@@ -93,14 +101,14 @@ def test_a_commit_survives_a_power_cut_and_nobody_else_reads_it(home: Path) -> N
     assert (home / "catalog.db").stat().st_mode & 0o777 == 0o600
 
 
-def test_many_processes_may_make_the_catalog_at_once(home: Path) -> None:
+def test_many_processes_may_make_the_catalog_at_once(url: str) -> None:
     """If this failed, `radloop listen` and `radloop run` started together in a new project would break each other."""
     code = "import sys; from radloop.catalog.store import Catalog; Catalog(sys.argv[1]).close()"
-    running = [subprocess.Popen([sys.executable, "-c", code, _url(home)]) for _ in range(3)]
+    running = [subprocess.Popen([sys.executable, "-c", code, url]) for _ in range(3)]
     assert [process.wait(timeout=120) for process in running] == [0, 0, 0]
 
 
-def test_a_migration_killed_before_its_commit_leaves_nothing_and_is_run_again(home: Path) -> None:
+def test_a_migration_killed_before_its_commit_leaves_nothing_and_is_run_again(url: str) -> None:
     """If this failed, a machine switched off during an upgrade would have half a schema, and no way forth or back."""
     child = os.fork()
     if child == 0:
@@ -111,18 +119,18 @@ def test_a_migration_killed_before_its_commit_leaves_nothing_and_is_run_again(ho
             os.kill(os.getpid(), signal.SIGKILL)
 
         migrations.upgrade = upgrade_and_die
-        Catalog(_url(home))
+        Catalog(url)
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    with sqlite3.connect(home / "catalog.db") as database:
-        assert database.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
-    with Catalog(_url(home)) as catalog:
+    table = "sqlite_master" if url.startswith("sqlite") else "pg_tables WHERE schemaname = 'public'"
+    assert _execute(url, f"SELECT count(*) FROM {table}") == 0
+    with Catalog(url) as catalog:
         assert catalog.datasets() == []
 
 
-def test_a_forked_child_does_not_use_its_parents_connections(home: Path) -> None:
+def test_a_forked_child_does_not_use_its_parents_connections(url: str) -> None:
     """If this failed, a worker process would corrupt the catalog that its parent has open."""
-    with Catalog(_url(home)) as catalog:
+    with Catalog(url) as catalog:
         catalog.ledger.append("audit", "parent", {}, actor="test")
         child = os.fork()
         if child == 0:
@@ -133,9 +141,9 @@ def test_a_forked_child_does_not_use_its_parents_connections(home: Path) -> None
         assert [row.subject for row in catalog.ledger.rows()] == ["parent", "child", "parent"]
 
 
-def test_writers_in_threads_wait_for_each_other(home: Path) -> None:
+def test_writers_in_threads_wait_for_each_other(url: str) -> None:
     """If this failed, a listener with several associations would answer failures under load."""
-    with Catalog(_url(home)) as catalog:
+    with Catalog(url) as catalog:
 
         def append(number: int) -> None:
             for step in range(20):

@@ -4,7 +4,6 @@ import multiprocessing
 import secrets
 import threading
 from collections import Counter
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -14,11 +13,6 @@ from hypothesis import strategies as st
 from radloop.catalog.schema import Archived, Instance, InstanceRow, QuarantineState, Reason, Recorded, Refused, Status
 from radloop.catalog.store import Catalog
 from radloop.errors import DataError
-
-
-@pytest.fixture
-def catalog(home: Path) -> Catalog:
-    return Catalog(f"sqlite:///{home}/catalog.db")
 
 
 def _row(
@@ -165,9 +159,8 @@ def _send_from_process(url: str, results: multiprocessing.Queue[list[str]]) -> N
         results.put([str(catalog.record(_row(f"I{n}", f"sha{n}"), _same)) for n in range(25)])
 
 
-def test_processes_that_send_the_same_record_it_once(home: Path) -> None:
+def test_processes_that_send_the_same_record_it_once(url: str) -> None:
     """If this failed, a listener and a folder import at the same time would double instances or fail."""
-    url = f"sqlite:///{home}/catalog.db"
     Catalog(url).close()
     context = multiprocessing.get_context("fork")
     results: multiprocessing.Queue[list[str]] = context.Queue()

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,11 +7,6 @@ from hypothesis import strategies as st
 from radloop.catalog.schema import InstanceRow, KeyKind, LabelRow, Reason, Refused
 from radloop.catalog.store import Catalog
 from radloop.errors import DataError
-
-
-@pytest.fixture
-def catalog(home: Path) -> Catalog:
-    return Catalog(f"sqlite:///{home}/catalog.db")
 
 
 def _receive(

@@ -1,18 +1,11 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DatabaseError
 
 from radloop.catalog.ledger import GENESIS
 from radloop.catalog.store import Catalog
-
-
-@pytest.fixture
-def catalog(home: Path) -> Catalog:
-    return Catalog(f"sqlite:///{home}/catalog.db")
 
 
 def test_rows_come_back_in_order_and_by_kind_and_subject(catalog: Catalog) -> None:
@@ -61,8 +54,11 @@ def test_the_database_itself_refuses_to_change_the_past(catalog: Catalog, statem
 def _tamper(catalog: Catalog, statement: str) -> None:
     """As somebody with the database's own tools would: the triggers are taken away first."""
     with catalog._write() as connection:
-        for trigger in ("ledger_no_update", "ledger_no_delete"):
-            connection.execute(text(f"DROP TRIGGER {trigger}"))
+        if connection.dialect.name == "postgresql":
+            connection.execute(text("DROP TRIGGER ledger_append_only ON ledger"))
+        else:
+            for trigger in ("ledger_no_update", "ledger_no_delete"):
+                connection.execute(text(f"DROP TRIGGER {trigger}"))
         connection.execute(text(statement))
 
 

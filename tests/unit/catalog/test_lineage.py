@@ -1,17 +1,10 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from radloop.catalog.schema import InstanceRow, Member
 from radloop.catalog.store import Catalog
 from radloop.errors import DataError
-
-
-@pytest.fixture
-def catalog(home: Path) -> Catalog:
-    return Catalog(f"sqlite:///{home}/catalog.db")
 
 
 def _receive(catalog: Catalog, sop: str, sha: str, patient: str) -> None:

@@ -1,19 +1,10 @@
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
-
 from radloop.catalog.patients import CROSSING
 from radloop.catalog.schema import Member
 from radloop.catalog.store import Catalog
 
 A, B, C, D = "PA", "PB", "PC", "PD"
-
-
-@pytest.fixture
-def catalog(home: Path) -> Catalog:
-    return Catalog(f"sqlite:///{home}/catalog.db")
 
 
 def _dataset(catalog: Catalog, digest: str, **patients: str) -> None:

@@ -1,18 +1,10 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
-
-import pytest
 
 from radloop.catalog.schema import Archived, Instance, InstanceRow, Member
 from radloop.catalog.store import Catalog
 from radloop.catalog.studies import LATE, complete, seconds_left
-
-
-@pytest.fixture
-def catalog(home: Path) -> Catalog:
-    return Catalog(f"sqlite:///{home}/catalog.db")
 
 
 def _come(catalog: Catalog, sop: str, *, study: str = "S1", sha: str = "", sender: str = "CT1") -> None:

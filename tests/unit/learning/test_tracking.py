@@ -122,7 +122,7 @@ def test_aliases(tracking: Tracking, trained: Any) -> None:
 
 def test_a_dead_server_is_said_soon(free_port: int) -> None:
     """MLflow's own default is to try for five minutes."""
-    with pytest.raises(EngineError, match=r"check \[tracking\] uri"):
+    with pytest.raises(EngineError, match=r"check \[mlflow\] uri"):
         Tracking(f"http://127.0.0.1:{free_port}", None, "disc")
 
 

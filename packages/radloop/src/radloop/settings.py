@@ -227,9 +227,13 @@ class Audit(_Section, frozen=True):
 
 
 class Mlflow(_Section, frozen=True):
-    """Tracking and registry, one experiment a task. Empty: SQLite and a folder in the project."""
+    """Tracking and registry, one experiment a task. Empty: SQLite and a folder in the project.
+
+    `password`: a secret reference, where `uri` is a database's.
+    """
 
     uri: str = ""
+    password: str = ""
     artifacts: str = ""
 
 
@@ -255,6 +259,7 @@ class Settings(_Section, frozen=True):
     audit: Audit = Audit()
     mlflow: Mlflow = Mlflow()
     catalog: str = ""
+    catalog_password: str = ""
     environments: dict[str, str] = {}
     kubernetes: dict[str, Any] = {}
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-from sqlalchemy import Connection, Engine, RowMapping, create_engine, event, inspect, text
+from sqlalchemy import URL, Connection, Engine, RowMapping, create_engine, event, inspect, text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import ArgumentError, OperationalError
 
 from radloop.errors import EngineError, SettingsError
 
@@ -28,7 +28,9 @@ SCHEMA_VERSIONS = ("0001", "0002")
 """Every schema version this code knows, oldest first; the last is what it works with."""
 
 BUSY_TIMEOUT_MS = 30_000
+CONNECT_TIMEOUT_S = 10
 _ADVISORY_LOCK = 0x7261646C  # "radl"
+_EXPECTED = "postgresql+psycopg2://USER@HOST/DATABASE, or sqlite:///PATH/catalog.db"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -47,7 +49,7 @@ def storage_errors(where: str) -> Iterator[None]:
         raise _full(where) from error
     except (OperationalError, sqlite3.OperationalError) as error:
         cause = str(error.orig if isinstance(error, OperationalError) else error)
-        if "is full" not in cause and "disk I/O" not in cause:
+        if not any(said in cause for said in ("is full", "disk I/O", "No space left")):
             raise
         raise _full(where) from error
 
@@ -80,11 +82,12 @@ class Database:
         url: an SQLAlchemy URL, `sqlite:////home/catalog.db` or `postgresql+psycopg2://...`.
 
     Raises:
-        SettingsError: the schema is newer than this code.
+        SettingsError: the schema is newer than this code; the URL is none, or of a database that radloop does not work with.
+        EngineError: the server cannot be reached, or does not let us in.
     """
 
     def __init__(self, url: str) -> None:
-        self._url = make_url(url)
+        self._url = _understood(url)
         self._sqlite = self._url.get_backend_name() == "sqlite"
         self._engine = self._create_engine()
         self._pid = os.getpid()
@@ -95,13 +98,27 @@ class Database:
             self._engine.dispose()
             raise
 
+    @property
+    def place(self) -> str:
+        """Where the catalog is, for people: never with a password."""
+        if self._sqlite:
+            return f"SQLite, {Path(str(self._url.database)).name}"
+        return f"PostgreSQL, {_server(self._url)}"
+
+    @property
+    def in_the_clear(self) -> bool:
+        """Whether another machine holds it and nothing asks for TLS."""
+        if self._sqlite or self._url.host in (None, "localhost", "127.0.0.1", "::1"):
+            return False
+        return self._url.query.get("sslmode") not in ("require", "verify-ca", "verify-full")
+
     def close(self) -> None:
         """Give all connections back. The object can be used again; it opens new ones."""
         self._engine.dispose()
 
     def _create_engine(self) -> Engine:
         if not self._sqlite:
-            return create_engine(self._url, pool_pre_ping=True)
+            return _create_postgresql(self._url)
         if self._url.database in (None, "", ":memory:"):
             raise SettingsError(
                 "the catalog needs a file",
@@ -119,13 +136,17 @@ class Database:
 
     @contextmanager
     def _read(self) -> Iterator[Connection]:
-        with self._connection() as connection, connection.begin():
-            yield connection
+        """One transaction that sees one moment of the catalog, on either database."""
+        with _reached(self._url), self._connection() as connection:
+            if not self._sqlite:
+                connection = connection.execution_options(isolation_level="REPEATABLE READ")
+            with connection.begin():
+                yield connection
 
     @contextmanager
     def _write(self) -> Iterator[Connection]:
         """One transaction that holds the write lock from its start. Raises `StorageFull` when the disk is full."""
-        with storage_errors("catalog"), self._connection() as connection:
+        with _reached(self._url), storage_errors("catalog"), self._connection() as connection:
             connection = connection.execution_options(radloop_write=True)
             with connection.begin():
                 if not self._sqlite:
@@ -162,6 +183,50 @@ class Database:
                 next_step="upgrade radloop on this machine; an older one would not keep what the newer one recorded",
             )
         return version
+
+
+def _understood(url: str) -> URL:
+    try:
+        made = make_url(url)
+    except ArgumentError:  # its message may repeat a password
+        raise SettingsError("the catalog's URL cannot be read", expected=_EXPECTED) from None
+    if made.get_backend_name() not in ("sqlite", "postgresql"):
+        raise SettingsError("the catalog cannot be in this database", expected=_EXPECTED, got=made.get_backend_name())
+    # SQLAlchemy 2.1 takes a bare postgresql:// for psycopg 3.
+    return made.set(drivername="postgresql+psycopg2") if made.drivername == "postgresql" else made
+
+
+def _create_postgresql(url: URL) -> Engine:
+    defaults = {"connect_timeout": CONNECT_TIMEOUT_S, "application_name": "radloop"}
+    try:
+        return create_engine(
+            url, pool_pre_ping=True, connect_args={k: v for k, v in defaults.items() if k not in url.query}
+        )
+    except ImportError:
+        raise SettingsError(
+            f"there is no driver for {url.drivername}", next_step='pip install "radloop[postgresql]"'
+        ) from None
+
+
+def _server(url: URL) -> str:
+    return f"{url.host or 'a local socket'}:{url.port or 5432}, database {url.database}, user {url.username}"
+
+
+@contextmanager
+def _reached(url: URL) -> Iterator[None]:
+    """Say which server it was that is not there, was lost, or refuses us; no password is ever in it."""
+    try:
+        yield
+    except OperationalError as error:
+        lost = error.connection_invalidated or not error.statement
+        if url.get_backend_name() == "sqlite" or not lost:
+            raise
+        raise EngineError(
+            "the catalog's PostgreSQL cannot be reached",
+            expected=_server(url),
+            got=" ".join(str(error.orig).split())[:300],
+            next_step="check `catalog` and `catalog_password` in radloop.toml, and that the server runs; then do the same again",
+        ) from error
 
 
 def as_struct(row: RowMapping, kind: type[T]) -> T:

@@ -145,6 +145,12 @@ def make_backup(project: Path, settings: Settings, folder: Path, *, with_keys: b
         raise SettingsError(
             "a backup inside the project would be lost with it", expected="another place", got=str(folder)
         )
+    if settings.catalog.startswith("sqlite"):
+        raise SettingsError(
+            "the catalog is a file of its own, which a backup does not follow",
+            expected="`catalog` empty (catalog.db in the project) or of PostgreSQL",
+            next_step="end what runs, move the file to catalog.db in the project, and take `catalog` out of radloop.toml",
+        )
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a backup that was killed
     with catalog_at(project) as catalog:
@@ -201,11 +207,10 @@ def _key_files(settings: Settings) -> list[str]:
 def _manifest(project: Path, settings: Settings, target: Path, paths: list[str], *, with_keys: bool) -> Manifest:
     from radloop import __version__
     from radloop.catalog.schema import now
-    from radloop.catalog.store import Catalog
-    from radloop.stages.project import pseudonymiser
+    from radloop.stages.project import open_catalog, pseudonymiser
 
     if settings.catalog:
-        with Catalog(settings.catalog) as catalog:
+        with open_catalog(project) as catalog:
             seq, head = catalog.ledger.head()
     else:
         seq, head = _head_of(target / _CATALOG)

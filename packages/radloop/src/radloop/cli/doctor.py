@@ -203,7 +203,11 @@ def _catalog(project: Path, settings: Settings, *, every: bool) -> Iterator[Chec
         yield Check("catalog", OK, "nothing has come yet")
         return
     with open_catalog(project) as catalog:
-        yield Check("catalog", OK, f"schema {SCHEMA_VERSIONS[-1]}")
+        yield Check("catalog", OK, f"schema {SCHEMA_VERSIONS[-1]}, {catalog.place}")
+        if catalog.in_the_clear:
+            found = "the password and all rows may cross the network in the clear"
+            step = "add ?sslmode=verify-full&sslrootcert=FILE to `catalog` in radloop.toml"
+            yield Check("TLS of catalog", WARN, found, step)
         key_id = pseudonymiser(project, settings.deidentify.key).key_id
         rows = catalog.archived()
         others = {row.key_id for row in [*rows, *catalog.pending()]} - {key_id}

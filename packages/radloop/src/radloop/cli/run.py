@@ -158,14 +158,14 @@ def _starter(engine: Engine, project: Path, settings: Settings) -> Callable[...,
     """An engine's `run`, with what the settings say of it."""
     from radloop.cli.stage import approvals
     from radloop.engines import kubeflow, kubernetes, local, mlflow_project, subprocess
-    from radloop.stages.project import section
+    from radloop.stages.project import section, tracking_uri
 
     if engine is Engine.KUBERNETES:
         return partial(kubernetes.run, options=section("kubernetes", settings.kubernetes, kubernetes.Options))
     if engine is Engine.KUBEFLOW:
         return partial(kubeflow.run, environments=settings.environments)
     if engine is Engine.MLFLOW_PROJECT:
-        return partial(mlflow_project.run, environments=settings.environments, tracking_uri=settings.mlflow.uri)
+        return partial(mlflow_project.run, environments=settings.environments, tracking_uri=tracking_uri(project))
     if engine is Engine.SUBPROCESS:
         return partial(subprocess.run, environments=settings.environments)
     return partial(local.run, environments=settings.environments, approved=approvals(project))

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 
@@ -109,9 +110,9 @@ class Tracking:
             raise EngineError(
                 "MLflow cannot be reached",
                 expected="a store or server at the tracking URI",
-                got=str(error).splitlines()[0][:300],
-                next_step="check [tracking] uri in radloop.toml, and that the server runs",
-            ) from error
+                got=_without_password(str(error).splitlines()[0], uri)[:300],
+                next_step="check [mlflow] uri and password in radloop.toml, and that the server runs",
+            ) from None
 
     def _experiment(self, root: Path | None) -> str:
         location = None if root is None else root.resolve().as_uri()
@@ -240,6 +241,12 @@ class Tracking:
     def location(self, name: str, version: int) -> str:
         """Where a version's MLflow model lies, for `mlflow.pyfunc.load_model`."""
         return str(self._client.get_model_version_download_uri(name, str(version)))
+
+
+def _without_password(text: str, uri: str) -> str:
+    """MLflow's messages may quote the URI."""
+    quoted = urlsplit(uri).password
+    return text if quoted is None else text.replace(quoted, "***").replace(unquote(quoted), "***")
 
 
 def _files(folder: Path) -> list[Path]:

@@ -37,7 +37,36 @@ def open_catalog(home: Path) -> Catalog:
     """The project's catalog: `catalog` in radloop.toml, or catalog.db in the project folder."""
     from radloop.catalog.store import Catalog
 
-    return Catalog(settings_of(home).catalog or f"sqlite:///{home.resolve() / 'catalog.db'}")
+    told = settings_of(home)
+    if not told.catalog:
+        return Catalog(f"sqlite:///{home.resolve() / 'catalog.db'}")
+    return Catalog(_with_password(told.catalog, told.catalog_password, home, "catalog", "catalog_password"))
+
+
+def _with_password(url: str, reference: str, home: Path, setting: str, where: str) -> str:
+    """A database's URL with the password that `reference` leads to.
+
+    Raises:
+        SettingsError: the URL cannot be read, or has a password in it.
+    """
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        made = make_url(url)
+    except ArgumentError:  # its message may repeat a password
+        raise SettingsError(
+            f"{FILE}: {setting} is no URL", expected="postgresql+psycopg2://USER@HOST/DATABASE"
+        ) from None
+    if made.password is not None:
+        raise SettingsError(
+            f"{FILE}: a password stands in {setting}",
+            expected="a URL without one: the file is copied, shown and backed up",
+            next_step=f'put it into a file (chmod 600) and write {where} = "file:NAME", or "env:NAME"',
+        )
+    if not reference:
+        return url
+    return made.set(password=secret(reference, home).decode()).render_as_string(hide_password=False)
 
 
 def pseudonymiser(home: Path, key: str) -> Pseudonymiser:
@@ -73,8 +102,24 @@ def open_tracking(home: Path) -> Tracking:
     folder.mkdir(parents=True, exist_ok=True)
     if settings.mlflow.uri:
         artifacts = Path(settings.mlflow.artifacts) if settings.mlflow.artifacts else None
-        return Tracking(settings.mlflow.uri, artifacts, settings.task.name)
+        return Tracking(tracking_uri(home), artifacts, settings.task.name)
     return Tracking(f"sqlite:///{folder / 'mlflow.db'}", folder / "artifacts", settings.task.name)
+
+
+def tracking_uri(home: Path) -> str:
+    """Where MLflow is, with the password if there is one: not to be shown. Empty: the project's own store."""
+    told = settings_of(home).mlflow
+    if not told.uri:
+        return ""
+    if not told.uri.startswith(("http://", "https://")):
+        return _with_password(told.uri, told.password, home, "[mlflow] uri", "[mlflow] password")
+    if told.password or "@" in told.uri.split("/")[2]:
+        raise SettingsError(
+            f"{FILE}: [mlflow] takes no password for a server",
+            expected="a URL without user and password",
+            next_step="set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, which MLflow itself reads",
+        )
+    return told.uri
 
 
 def open_pacs(home: Path, name: str) -> Pacs:

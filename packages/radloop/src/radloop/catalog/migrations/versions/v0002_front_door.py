@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
+from radloop.catalog.columns import integer, json_value, string
 from radloop.catalog.ledger import GENESIS, hash_of
 
 revision = "0002"
@@ -17,44 +18,44 @@ def upgrade() -> None:
     """Make the new tables, and chain the rows that the ledger has."""
     op.create_table(
         "studies",
-        sa.Column("study_uid", sa.String(64), nullable=False),
-        sa.Column("revision", sa.Integer(), nullable=False),
-        sa.Column("through", sa.Integer(), nullable=False),
-        sa.Column("expected", sa.Integer(), nullable=True),
-        sa.Column("released_at", sa.String(32), nullable=True),
+        sa.Column("study_uid", string(64), nullable=False),
+        sa.Column("revision", integer(), nullable=False),
+        sa.Column("through", integer(), nullable=False),
+        sa.Column("expected", integer(), nullable=True),
+        sa.Column("released_at", string(32), nullable=True),
         sa.PrimaryKeyConstraint("study_uid", name="pk_studies"),
     )
     op.create_table(
         "patient_links",
-        sa.Column("patient_a", sa.String(64), nullable=False),
-        sa.Column("patient_b", sa.String(64), nullable=False),
-        sa.Column("reason", sa.String(64), nullable=False),
-        sa.Column("by", sa.String(64), nullable=False),
-        sa.Column("linked_at", sa.String(32), nullable=False),
+        sa.Column("patient_a", string(64), nullable=False),
+        sa.Column("patient_b", string(64), nullable=False),
+        sa.Column("reason", string(64), nullable=False),
+        sa.Column("by", string(64), nullable=False),
+        sa.Column("linked_at", string(32), nullable=False),
         sa.PrimaryKeyConstraint("patient_a", "patient_b", name="pk_patient_links"),
     )
     op.create_table(
         "audit_sinks",
-        sa.Column("sink", sa.String(128), nullable=False),
-        sa.Column("seq", sa.Integer(), nullable=False),
-        sa.Column("at", sa.String(32), nullable=False),
+        sa.Column("sink", string(128), nullable=False),
+        sa.Column("seq", integer(), nullable=False),
+        sa.Column("at", string(32), nullable=False),
         sa.PrimaryKeyConstraint("sink", name="pk_audit_sinks"),
     )
     op.create_table(
         "pacs_studies",
-        sa.Column("source", sa.String(64), nullable=False),
-        sa.Column("study_uid", sa.String(64), nullable=False),
-        sa.Column("listed", sa.Integer(), nullable=False),
-        sa.Column("missing", sa.Integer(), nullable=False),
-        sa.Column("at", sa.String(32), nullable=False),
+        sa.Column("source", string(64), nullable=False),
+        sa.Column("study_uid", string(64), nullable=False),
+        sa.Column("listed", integer(), nullable=False),
+        sa.Column("missing", integer(), nullable=False),
+        sa.Column("at", string(32), nullable=False),
         sa.PrimaryKeyConstraint("source", "study_uid", name="pk_pacs_studies"),
     )
     op.create_table(
         "pacs_queries",
-        sa.Column("source", sa.String(64), nullable=False),
-        sa.Column("query", sa.String(64), nullable=False),
-        sa.Column("since", sa.String(10), nullable=False),
-        sa.Column("through", sa.String(10), nullable=False),
+        sa.Column("source", string(64), nullable=False),
+        sa.Column("query", string(64), nullable=False),
+        sa.Column("since", string(10), nullable=False),
+        sa.Column("through", string(10), nullable=False),
         sa.PrimaryKeyConstraint("source", "query", name="pk_pacs_queries"),
     )
     _release_what_was_there()
@@ -74,7 +75,7 @@ def _chain_ledger() -> None:
     ledger = sa.table(
         "ledger",
         *(sa.column(name) for name in ("seq", "key", "at", "kind", "subject", "actor", "prev_hash", "hash")),
-        sa.column("payload", sa.JSON()),
+        sa.column("payload", json_value()),
     )
     rows = connection.execute(sa.select(ledger).order_by(ledger.c.seq)).mappings().all()
     if not rows:
