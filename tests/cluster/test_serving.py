@@ -1,31 +1,39 @@
-"""A release on KServe, through the cluster's own Gateway: shares as asked for, and no traffic to what is not Ready.
+"""A release on KServe, through the cluster's own Gateway, as a user who has one role, in a namespace that is restricted.
 
 Needs the cluster's KServe and Contour (`addon kserve`) and RADLOOP_TEST_SERVING_IMAGE: deploy/images/core with
-EXTRAS="pixels serve".
+EXTRAS="pixels serve" or more.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
-import secrets
+import signal
+import subprocess
+import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import msgspec
 import numpy as np
 import pytest
+import tritonclient.grpc as triton_grpc
 
+from radloop.cli.init import make_project
 from radloop.errors import ServingError
-from radloop.serving import apply, manifests, predictions
+from radloop.learning.package import Packaged
+from radloop.serving import apply, client, manifests, predictions
 from radloop.serving.desired import ModelRef, Models, Routing, State
 from radloop.serving.gateway import CHALLENGER_HEADER, MODEL_HEADER, SUBJECT_HEADER
 from radloop.serving.manifests import Place
 
-from .conftest import OWNER, kubectl
+from .conftest import OWNER, allow, kubectl, restricted_namespace
 
 IMAGE = os.environ.get("RADLOOP_TEST_SERVING_IMAGE", "")
 pytestmark = [
@@ -33,6 +41,24 @@ pytestmark = [
     pytest.mark.skipif(not IMAGE, reason="RADLOOP_TEST_SERVING_IMAGE names no image with radloop's serving parts"),
 ]
 HOST = "radloop.example"
+INFER = "/v2/models/default/infer"
+RESOURCES = {"requests": {"cpu": "100m", "memory": "200Mi"}, "limits": {"cpu": "1", "memory": "1Gi"}}
+TOML = """
+[release]
+clinical_canary = true
+[serve]
+token = "file:serve.token"
+[serve.kserve]
+gateway = "projectcontour/contour"
+url = "http://{host}"
+resources = {{requests = {{cpu = "100m", memory = "200Mi"}}, limits = {{cpu = "1", memory = "1Gi"}}}}
+[kubernetes]
+image = "{image}"
+secret = "radloop"
+claim = "project"
+namespace = "{namespace}"
+kubeconfig = "{kubeconfig}"
+"""
 
 _spec = importlib.util.spec_from_file_location(
     "serving_packages", Path(__file__).parents[1] / "unit/serving/packages.py"
@@ -41,109 +67,265 @@ assert _spec is not None
 assert _spec.loader is not None
 packages = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(packages)
+HEADERS = {"Host": HOST, "Authorization": f"Bearer {packages.TOKEN}"}
 
 
-@pytest.fixture
-def place(namespace: str, home: Path) -> Iterator[Place]:
-    """Return where predictors run: a folder of the one node, and a Secret with key and token."""
-    key, token = packages.KEY.hex(), packages.TOKEN
-    kubectl(
-        *("-n", namespace, "create", "secret", "generic", "serving"),
-        *(f"--from-literal=radloop.key={key}", f"--from-literal=serve.token={token}"),
-    )
-    (home / "predictions").mkdir()
-    os.chown(home / "predictions", OWNER, OWNER)
-    yield Place(
-        image=IMAGE, secret="serving", token="serve.token", gateway="projectcontour/contour", hosts=(HOST,),
-        host_path=str(home), namespace=namespace, name=f"t{secrets.token_hex(2)}", user=OWNER, group=OWNER,
-        resources={"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"cpu": "1", "memory": "1Gi"}},
+class Served:
+    """A project with two models that answer differently, and the cluster that serves them."""
+
+    def __init__(self, home: Path, namespace: str, kubeconfig: Path) -> None:
+        self.home, self.namespace, self.kubeconfig = home, namespace, kubeconfig
+        made = []
+        for version, weight in (("1", 4.0), ("2", -4.0)):
+            package = f"artifacts/{version}/package"
+            key = bytes.fromhex((home / "radloop.key").read_text())
+            made.append(ModelRef(package, version, packages.build(home / package, weight=weight, key=key)))
+        self.champion, self.challenger = made
+        self.both = Models(champion=self.champion, challenger=self.challenger)
+        self.single = State(models=Models(champion=self.champion))
+        address = kubectl("-n", "projectcontour", "get", "service", "envoy", "-o", "jsonpath={.spec.clusterIP}")
+        self.address, self.url = address, f"http://{address}"
+        self.place = Place(
+            image=IMAGE, secret="radloop", token="serve.token", gateway="projectcontour/contour", hosts=(HOST,),
+            claim="project", namespace=namespace, user=OWNER, group=OWNER, resources=RESOURCES,
+        )  # fmt: skip
+
+    def route(self, state: State, **changed: Any) -> None:
+        """Bring a state onto the cluster, and wait until the Gateway has heard of it."""
+        files = manifests.manifests(state, msgspec.structs.replace(self.place, **changed))
+        apply.release(apply.Cluster(str(self.kubeconfig)), *files.values(), timeout_s=120)
+
+    def client(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, headers=HEADERS, timeout=30)
+
+    def ask(self, n: int, **headers: str) -> Counter[str]:
+        """Versions that answered `n` requests, and statuses of what was no answer."""
+        with self.client() as session:
+            return Counter(version_of(session.post(INFER, content=QUESTION, headers=headers)) for _ in range(n))
+
+    def pods(self, version: str) -> list[str]:
+        service = manifests.service_name(self.both.champion if version == "1" else self.both.challenger, self.place)  # type: ignore[arg-type]
+        told = kubectl(
+            *("-n", self.namespace, "get", "pods", "-l", f"serving.kserve.io/inferenceservice={service}"),
+            *("-o", "jsonpath={range .items[*]}{.metadata.name} {.metadata.uid}\n{end}"),
+        )
+        return told.split("\n")[:-1]
+
+
+def tensor(n: int = 1) -> np.ndarray:
+    return np.random.default_rng(n).random((n, 1, packages.SIZE, packages.SIZE), np.float32)
+
+
+def question(images: np.ndarray) -> bytes:
+    one = {"name": "image", "shape": list(images.shape), "datatype": "FP32", "data": images.ravel().tolist()}
+    return json.dumps({"inputs": [one]}).encode()
+
+
+QUESTION = question(tensor())
+
+
+def version_of(answer: httpx.Response) -> str:
+    return str(answer.json()["model_version"]) if answer.status_code == 200 else str(answer.status_code)
+
+
+class Load:
+    """Four clients that ask without pause; `told` counts versions, statuses and broken connections."""
+
+    def __init__(self, served: Served) -> None:
+        self.told: Counter[str] = Counter()
+        self._served, self._stop = served, threading.Event()
+        self._threads = [threading.Thread(target=self._run) for _ in range(4)]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        self.more()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        with self._served.client() as session:
+            while not self._stop.wait(0.02):
+                try:
+                    self.told[version_of(session.post(INFER, content=QUESTION))] += 1
+                except httpx.HTTPError as error:
+                    self.told[type(error).__name__] += 1
+
+    def more(self, n: int = 100) -> None:
+        """Wait for `n` more answers."""
+        until, wanted = time.monotonic() + 60, self.told.total() + n
+        while self.told.total() < wanted:
+            assert time.monotonic() < until, self.told
+            time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Return the project, with its Secret and its claim on the cluster and the role that we publish for this."""
+    from radloop.stages.project import open_catalog
+
+    folder = tmp_path_factory.mktemp("cluster-serving")
+    home = folder / "home"
+    make_project(home)
+    (home / "serve.token").write_text(packages.TOKEN + "\n")
+    (home / "predictions").mkdir(exist_ok=True, mode=0o700)
+    with restricted_namespace(home, folder) as (namespace, kubeconfig):
+        kubectl(
+            *("-n", namespace, "create", "secret", "generic", "radloop"),
+            *(f"--from-file={home}/radloop.key", f"--from-file={home}/serve.token"),
+        )
+        allow(namespace, "radloop-release")
+        made = Served(home, namespace, kubeconfig)
+        (home / "radloop.toml").write_text(
+            TOML.format(host=HOST, image=IMAGE, namespace=namespace, kubeconfig=kubeconfig)
+        )
+        with open_catalog(home) as catalog:
+            catalog.add_dataset("d" * 64, path="datasets/d.parquet", members=[], actor="publish")
+            for model in (made.champion, made.challenger):
+                info = {"package": model.package, "package_digest": model.version * 64}
+                catalog.add_model(
+                    model.model_digest, dataset_digest="d" * 64, preprocessing_digest="p" * 64, version=model.version, info=info
+                )  # fmt: skip
+            catalog.ledger.append("release", made.champion.model_digest, {"step": "promoted"}, actor="release")
+            catalog.ledger.append("approval", "2" * 64, {"role": "clinical", "why": "reviewed"}, actor="anna")
+        for path in (home, *home.rglob("*")):
+            os.chown(path, OWNER, OWNER)
+        yield made
+
+
+def exported(served: Served, *options: str) -> dict[str, Any]:
+    """What `radloop export kserve --apply` says."""
+    command = [sys.executable, "-m", "radloop.cli", "export", "kserve", str(served.home / "k8s"), *options]
+    done = subprocess.run(
+        [*command, "--apply", "--json", "--project", str(served.home)],
+        capture_output=True, text=True, check=False, timeout=200,
     )  # fmt: skip
-    kubectl("-n", namespace, "delete", "secret", "serving")
-    kubectl("-n", namespace, "delete", "inferenceservices,httproutes", "--all", "--wait=false")
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
 
 
-@pytest.fixture
-def models(home: Path) -> tuple[ModelRef, ModelRef]:
-    """Return two tiny models that answer differently."""
-    made = []
-    for version, weight in (("1", 4.0), ("2", -4.0)):
-        digest = packages.build(home / version, weight=weight)
-        made.append(ModelRef(package=version, version=version, model_digest=digest))
-    for path in home.rglob("*"):
-        os.chown(path, OWNER, OWNER)
-    return made[0], made[1]
-
-
-@pytest.fixture
-def address() -> str:
-    """Return the way in: Contour's Envoy."""
-    return "http://" + kubectl("-n", "projectcontour", "get", "service", "envoy", "-o", "jsonpath={.spec.clusterIP}")
-
-
-def route(state: State, place: Place) -> None:
-    files = manifests.manifests(state, place)
-    apply.release(apply.Cluster(), *files.values(), timeout_s=180)
-    time.sleep(3)  # the Gateway hears of the route a moment later
-
-
-def ask(address: str, n: int, **headers: str) -> Counter[str]:
-    """Versions that answered `n` requests, and statuses of what was no answer."""
-    data = np.zeros((1, 1, packages.SIZE, packages.SIZE), np.float32).reshape(-1).tolist()
-    body = {
-        "inputs": [{"name": "image", "shape": [1, 1, packages.SIZE, packages.SIZE], "datatype": "FP32", "data": data}]
-    }
-    told = {
-        "Host": HOST,
-        "Authorization": f"Bearer {packages.TOKEN}",
-        **{k.replace("_", "-"): v for k, v in headers.items()},
-    }
-    counted: Counter[str] = Counter()
-    with httpx.Client(base_url=address, headers=told, timeout=30) as client:
-        for _ in range(n):
-            answer = client.post("/v2/models/default/infer", json=body)
-            counted[
-                answer.json()["parameters"]["model_version"] if answer.status_code == 200 else str(answer.status_code)
-            ] += 1
-    return counted
-
-
-def test_single_shadow_canary_promotion(
-    place: Place, models: tuple[ModelRef, ModelRef], address: str, home: Path
-) -> None:
+def test_shadow_canary_promotion_and_roll_back_by_the_command(served: Served) -> None:
     """Each patient meets the model that was approved for them, and the log says who answered and who was asked too."""
-    champion, challenger = models
-    both = Models(champion=champion, challenger=challenger)
-    route(State(models=Models(champion=champion)), place)
-    assert ask(address, 50) == {"1": 50}
-
-    route(State(models=both, routing=Routing("shadow")), place)
-    assert ask(address, 50, **{MODEL_HEADER: "challenger", CHALLENGER_HEADER: "0" * 64}) == {"1": 50}
-    time.sleep(3)
-    pairs = predictions.pairs(home / "predictions", champion.model_digest, challenger.model_digest)
+    champion, challenger = served.champion, served.challenger
+    told = exported(served, "--champion", "1", "--challenger", "2")
+    assert (told["strategy"], told["applied"]) == ("shadow", True)
+    assert served.ask(50, **{MODEL_HEADER: "challenger", CHALLENGER_HEADER: "0" * 64}) == {"1": 50}
+    time.sleep(2.5)
+    pairs = predictions.pairs(served.home / "predictions", champion.model_digest, challenger.model_digest)
     assert len(pairs) == 50
-    assert {(pair.champion["served"], pair.challenger and pair.challenger["served"]) for pair in pairs} == {
-        (True, False)
-    }
+    assert {(p.champion["served"], p.challenger and p.challenger["served"]) for p in pairs} == {(True, False)}
 
-    route(State(models=both, routing=Routing("canary", 25)), place)
-    assert ask(address, 20, **{SUBJECT_HEADER: "2499"}) == {"2": 20}
-    assert ask(address, 20, **{SUBJECT_HEADER: "2500"}) == {"1": 20}
-    assert ask(address, 20, **{MODEL_HEADER: "challenger", SUBJECT_HEADER: "9999"}) == {"2": 20}
-    by_chance = ask(address, 400)
+    exported(served, "--champion", "1", "--challenger", "2", "--strategy", "canary", "--percent", "25")
+    assert served.ask(20, **{SUBJECT_HEADER: "2499"}) == {"2": 20}
+    assert served.ask(20, **{SUBJECT_HEADER: "2500"}) == {"1": 20}
+    assert served.ask(20, **{MODEL_HEADER: "challenger", SUBJECT_HEADER: "9999"}) == {"2": 20}
+    by_patient = Counter[str]()
+    for subject in range(0, 10_000, 50):
+        by_patient += served.ask(1, **{SUBJECT_HEADER: str(subject)})
+    assert by_patient == {"1": 150, "2": 50}
+    by_chance = served.ask(400)
     assert set(by_chance) == {"1", "2"}
     assert 60 <= by_chance["2"] <= 140  # 100 expected; beyond 4.6 standard deviations
 
-    route(State(models=Models(champion=challenger, previous=champion)), place)
-    assert ask(address, 50) == {"2": 50}
+    exported(served, "--champion", "2", "--strategy", "single")
+    assert served.ask(50) == {"2": 50}
+    exported(served, "--champion", "1", "--strategy", "single")
+    assert served.ask(50) == {"1": 50}
 
 
-def test_what_is_not_ready_gets_no_traffic(place: Place, models: tuple[ModelRef, ModelRef], address: str) -> None:
+def test_the_numbers_are_the_local_predictors(served: Served) -> None:
+    """A model that was validated here must be the one that answers there, by REST, by gRPC, and about a DICOM file."""
+    served.route(served.single)
+    images, package = tensor(3), Packaged(served.home / served.champion.package)
+    here = [float(p) for p in package.predict_tensor(images)[0]]
+    with served.client() as session:
+        answer = session.post(INFER, content=question(images)).json()
+        assert session.post(INFER, content=question(images), headers={"Authorization": ""}).status_code == 401
+        assert session.get("/v2/health/ready", headers={"Host": "another.example"}).status_code == 404
+    by_rest = {output["name"]: output["data"] for output in answer["outputs"]}["probability"]
+    assert by_rest == pytest.approx(here, abs=1e-6)
+    channel = [("grpc.default_authority", HOST)]
+    with triton_grpc.InferenceServerClient(f"{served.address}:80", channel_args=channel) as grpc:
+        asked = triton_grpc.InferInput("image", list(images.shape), "FP32")
+        asked.set_data_from_numpy(images)
+        told = grpc.infer("default", [asked], headers={"authorization": HEADERS["Authorization"]})
+    assert told.as_numpy("probability").ravel() == pytest.approx(here, abs=1e-6)
+    with httpx.Client(headers={"Host": HOST}) as session:
+        said = client.predict_dicom(served.url, packages.dicom(4), site="A", token=packages.TOKEN, client=session)
+    time.sleep(1)
+    row = predictions.find(served.home / "predictions", said.id)
+    assert row is not None
+    assert row["patient"] is not None and packages.CANARY_ID not in str(row)
+
+
+def test_routes_change_under_load_without_a_failure(served: Served) -> None:
+    """A release, and above all a roll-back, happens while studies come in."""
+    served.route(served.single)
+    with Load(served) as load:
+        for state in (
+            State(models=served.both, routing=Routing("shadow")),
+            State(models=served.both, routing=Routing("canary", 50)),
+            served.single,
+            State(models=Models(champion=served.challenger, previous=served.champion)),
+            served.single,
+        ):
+            served.route(state)
+            load.more()
+    print(f"changes of route: {dict(load.told)}")
+    assert set(load.told) == {"1", "2"}
+
+
+def test_a_pod_that_is_taken_away_is_not_felt(served: Served) -> None:
+    """A node that is drained for an update ends its pods in order: they finish, others have taken over."""
+    served.route(served.single, replicas=2)
+    with Load(served) as load:
+        victim = served.pods("1")[0].split()[0]
+        kubectl("-n", served.namespace, "delete", "pod", victim)
+        load.more(300)
+    print(f"a pod deleted: {dict(load.told)}")
+    assert set(load.told) == {"1"}
+
+
+def test_a_replica_that_is_killed_is_left_out(served: Served) -> None:
+    """An HTTPRoute has no retries, so what meets the dead replica is 503: no longer than the cluster takes to see it."""
+    served.route(served.single, replicas=2)
+    with Load(served) as load:
+        kill_predictor_in(served.pods("1")[0].split()[1])
+        load.more(500)
+        during, load.told = load.told, Counter()
+        load.more()
+    print(f"a replica killed: {dict(during)}, then {dict(load.told)}")
+    assert set(during) <= {"1", "503", "RemoteProtocolError"}
+    assert during["1"] > during.total() / 2
+    assert set(load.told) == {"1"}
+
+
+def kill_predictor_in(pod_uid: str) -> None:
+    """SIGKILL, from the node, as the kernel does to what takes too much memory."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                groups, command = (entry / "cgroup").read_text(), (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if pod_uid in groups.replace("_", "-") and b"radloop.serving.predictor" in command:
+                found.append(int(entry.name))
+    assert found
+    for pid in found:
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_what_is_not_ready_gets_no_traffic(served: Served) -> None:
     """A challenger that cannot start leaves the champion's route as it was."""
-    champion, challenger = models
-    route(State(models=Models(champion=champion)), place)
-    broken = msgspec.structs.replace(challenger, package="not-there")
-    state = State(models=Models(champion=champion, challenger=broken), routing=Routing("canary", 50))
-    files = manifests.manifests(state, place)
+    served.route(served.single)
+    broken = msgspec.structs.replace(served.challenger, package="not-there", model_digest="0" * 64)
+    state = State(models=Models(champion=served.champion, challenger=broken), routing=Routing("canary", 50))
+    files = manifests.manifests(state, served.place)
     with pytest.raises(ServingError, match="no traffic was moved"):
-        apply.release(apply.Cluster(), *files.values(), timeout_s=20)
-    assert ask(address, 50) == {"1": 50}
+        apply.release(apply.Cluster(str(served.kubeconfig)), *files.values(), timeout_s=10)
+    assert served.ask(50) == {"1": 50}

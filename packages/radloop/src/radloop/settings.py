@@ -186,12 +186,36 @@ class Approver(_Section, frozen=True):
     vouches: bool = False
 
 
+class KServe(_Section, frozen=True):
+    """Serving on a cluster, beside what [kubernetes] says. `gateway`: "NAMESPACE/NAME" of the Gateway that leads in.
+
+    `url`: where clients reach it; its host is the one that routes are for. `replicas`, `resources`: of each predictor.
+    """
+
+    gateway: str = ""
+    url: str = ""
+    mesh: Literal["gateway", "istio"] = "gateway"
+    replicas: int = 1
+    resources: dict[str, Any] = {}
+
+
+class MlflowPool(_Section, frozen=True):
+    """MLflow servers, run by whatever runs them, that `radloop serve` makes one address of. `token`: a secret reference."""
+
+    kind: Literal["mlflow-server", "mlflow-models"]
+    port: int
+    servers: tuple[str, ...]
+    token: str = ""
+
+
 class Serve(_Section, frozen=True):
-    """Where predictions are served."""
+    """Where predictions are served: on this machine, or where `kserve` says."""
 
     host: str = "127.0.0.1"
     port: int = 8080
     token: str = ""
+    kserve: KServe = KServe()
+    pools: dict[str, MlflowPool] = {}
 
 
 class Watch(_Section, frozen=True):
@@ -293,7 +317,7 @@ def _nearest(message: str) -> str | None:
     if "unknown field" not in message:
         return None
     wrong = message.split("`")[1]
-    sections: list[type[msgspec.Struct]] = [*_sections(Settings), Token, Folder, FromPacs, DimsePacs, WebPacs, Approver]
+    sections: list[type[msgspec.Struct]] = [*_sections(Settings), Token, Folder, FromPacs, DimsePacs, WebPacs, Approver, MlflowPool]
     names = {n for section in sections for n in section.__struct_fields__}
     near = difflib.get_close_matches(wrong, names, 1)
     return f"did you mean {near[0]!r}?" if near else None

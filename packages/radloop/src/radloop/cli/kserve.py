@@ -42,16 +42,21 @@ def register(exports: typer.Typer) -> None:
         "kserve",
         examples=(
             "radloop export kserve k8s --gateway infra/edge --host radloop.example",
-            "radloop export kserve k8s --gateway infra/edge --strategy canary --percent 5 --apply",
+            "radloop export kserve k8s --strategy canary --percent 5 --apply",
         ),
         after="--apply, or kubectl apply -f DIR/predictors.yaml, wait until both are Ready, then -f DIR/routes.yaml.",
     )
     def kserve(
         directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where predictors.yaml and routes.yaml go.")],
-        gateway: Annotated[str, typer.Option(metavar="NAMESPACE/NAME", help="The Gateway that leads in.")],
+        gateway: Annotated[
+            str,
+            typer.Option(metavar="NAMESPACE/NAME", help="The Gateway that leads in; that of [serve.kserve]."),
+        ] = "",
         host: Annotated[
             list[str],
-            typer.Option("--host", help="Host names it is asked by; all of the Gateway's.", show_default=False),
+            typer.Option(
+                "--host", help="Host names it is asked by; that of [serve.kserve] url, or all of the Gateway's."
+            ),
         ] = [],  # noqa: B006 - typer's way to say a list
         strategy: Annotated[
             Strategy | None, typer.Option(help="shadow where there is a challenger, else single.", show_default=False)
@@ -62,8 +67,13 @@ def register(exports: typer.Typer) -> None:
         ] = None,
         champion: Annotated[str, typer.Option(metavar="VERSION", help="Instead of the registry's champion.")] = "",
         challenger: Annotated[str, typer.Option(metavar="VERSION", help="Instead of the registry's challenger.")] = "",
-        mesh: Annotated[Mesh, typer.Option(help="Gateway API's HTTPRoute, or Istio's VirtualService.")] = Mesh.GATEWAY,
-        replicas: Annotated[int, typer.Option(min=1, help="Pods of each predictor.")] = 1,
+        mesh: Annotated[
+            Mesh | None,
+            typer.Option(help="Gateway API's HTTPRoute, or Istio's VirtualService; that of [serve.kserve]."),
+        ] = None,
+        replicas: Annotated[
+            int | None, typer.Option(min=1, help="Pods of each predictor; those of [serve.kserve].")
+        ] = None,
         apply: Annotated[bool, typer.Option("--apply", help="Put them onto the cluster, too.")] = False,
         wait_s: Annotated[
             float, typer.Option(min=0, help="With --apply: how long predictors may take to be Ready.")
@@ -73,18 +83,18 @@ def register(exports: typer.Typer) -> None:
     ) -> None:
         """Write KServe predictors of champion and challenger, and the routes of a release, as YAML.
 
-        Image, namespace, claim and Secret are those of [kubernetes]. The Secret holds the project key, and the token of
-        [serve], under the names of their files or variables. Promotion and roll-back write the files anew: --champion
-        VERSION --strategy single. A model answers only if it was promoted, or its release was approved. --apply changes no
-        route before every predictor is Ready.
+        Image, namespace, claim and Secret are those of [kubernetes], all else of [serve.kserve]. The Secret holds the
+        project key, and the token of [serve], under the names of their files or variables. Promotion and roll-back write
+        the files anew: --champion VERSION --strategy single. A model answers only if it was promoted, or its release was
+        approved. --apply changes no route before every predictor is Ready.
         """
         from radloop.serving.manifests import manifests, to_yaml
 
         settings = settings_at(project)
-        place = place_of(project, settings, gateway, tuple(host), replicas)
+        place = place_of(project, settings, gateway=gateway, hosts=tuple(host), replicas=replicas)
         with catalog_at(project) as catalog:
             state = state_of(project, settings, catalog, champion, challenger, strategy, percent)
-        files = manifests(state, place, mesh.value)
+        files = manifests(state, place, mesh.value if mesh else settings.serve.kserve.mesh)
         directory.mkdir(parents=True, exist_ok=True)
         for name, documents in files.items():
             (directory / name).write_bytes(to_yaml(documents))
@@ -107,11 +117,17 @@ def register(exports: typer.Typer) -> None:
             print("\n".join(written))
 
 
-def place_of(project: Path, settings: Settings, gateway: str, hosts: tuple[str, ...], replicas: int) -> Place:
-    """Where predictors run, by [kubernetes]. Raises SettingsError where something is missing."""
+def place_of(
+    project: Path, settings: Settings, *, gateway: str = "", hosts: tuple[str, ...] = (), replicas: int | None = None
+) -> Place:
+    """Where predictors run: by [kubernetes] and [serve.kserve], or as told. Raises SettingsError where something is missing."""
+    from urllib.parse import urlsplit
+
+    import msgspec
+
     from radloop.serving.manifests import Place
 
-    told, owner = settings.kubernetes, project.resolve().stat()
+    told, ours, owner = settings.kubernetes, settings.serve.kserve, project.resolve().stat()
     user, group = (owner.st_uid, owner.st_gid) if owner.st_uid else (10001, 10001)  # root's pod would not be started
     for setting in ("image", "secret"):
         if not told.get(setting):
@@ -121,21 +137,23 @@ def place_of(project: Path, settings: Settings, gateway: str, hosts: tuple[str, 
                 got="nothing",
                 next_step="set it in radloop.toml; docs/serving.md, On Kubernetes",
             )
-    return Place(
+    asked_by = urlsplit(ours.url).hostname
+    place = Place(
         image=told["image"],
         secret=told["secret"],
-        gateway=gateway,
+        gateway=gateway or ours.gateway,
         key=_in_secret(settings.deidentify.key),
         token=_in_secret(settings.serve.token),
         claim=told.get("claim", ""),
         host_path=told.get("host_path", "") or ("" if told.get("claim") else str(project.resolve())),
-        hosts=hosts,
+        hosts=hosts or ((asked_by,) if asked_by else ()),
         namespace=told.get("namespace", "default"),
-        replicas=replicas,
+        replicas=ours.replicas if replicas is None else replicas,
         user=user,
         group=group,
         pod=told.get("pod", {}),
     )
+    return msgspec.structs.replace(place, resources=ours.resources) if ours.resources else place
 
 
 def _in_secret(reference: str) -> str:
