@@ -7,6 +7,7 @@ EXTRAS="pixels serve" or more.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ import tritonclient.grpc as triton_grpc
 from radloop.cli.init import make_project
 from radloop.errors import ServingError
 from radloop.learning.package import Packaged
-from radloop.serving import apply, client, manifests, predictions
-from radloop.serving.desired import ModelRef, Models, Routing, State
+from radloop.serving import apply, client, judge, manifests, predictions, rollout
+from radloop.serving.desired import ModelRef, Models, Routing, State, desire
 from radloop.serving.gateway import CHALLENGER_HEADER, MODEL_HEADER, SUBJECT_HEADER
 from radloop.serving.manifests import Place
 
@@ -71,16 +72,16 @@ HEADERS = {"Host": HOST, "Authorization": f"Bearer {packages.TOKEN}"}
 
 
 class Served:
-    """A project with two models that answer differently, and the cluster that serves them."""
+    """A project, its models (2 contradicts 1, 3 agrees with it), and the cluster that serves them."""
 
     def __init__(self, home: Path, namespace: str, kubeconfig: Path) -> None:
         self.home, self.namespace, self.kubeconfig = home, namespace, kubeconfig
         made = []
-        for version, weight in (("1", 4.0), ("2", -4.0)):
+        for version, weight in (("1", 4.0), ("2", -4.0), ("3", 4.1)):
             package = f"artifacts/{version}/package"
             key = bytes.fromhex((home / "radloop.key").read_text())
             made.append(ModelRef(package, version, packages.build(home / package, weight=weight, key=key)))
-        self.champion, self.challenger = made
+        self.champion, self.challenger, self.better = made
         self.both = Models(champion=self.champion, challenger=self.challenger)
         self.single = State(models=Models(champion=self.champion))
         address = kubectl("-n", "projectcontour", "get", "service", "envoy", "-o", "jsonpath={.spec.clusterIP}")
@@ -89,6 +90,11 @@ class Served:
             image=IMAGE, secret="radloop", token="serve.token", gateway="projectcontour/contour", hosts=(HOST,),
             claim="project", namespace=namespace, user=OWNER, group=OWNER, resources=RESOURCES,
         )  # fmt: skip
+
+    def configure(self, host: str) -> None:
+        """Write radloop.toml, with the name or the address that clients have of the Gateway."""
+        told = TOML.format(host=host, image=IMAGE, namespace=self.namespace, kubeconfig=self.kubeconfig)
+        (self.home / "radloop.toml").write_text(told)
 
     def route(self, state: State, **changed: Any) -> None:
         """Bring a state onto the cluster, and wait until the Gateway has heard of it."""
@@ -131,9 +137,9 @@ def version_of(answer: httpx.Response) -> str:
 class Load:
     """Four clients that ask without pause; `told` counts versions, statuses and broken connections."""
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: Served, questions: Sequence[tuple[bytes, dict[str, str]]] = ((QUESTION, {}),)) -> None:
         self.told: Counter[str] = Counter()
-        self._served, self._stop = served, threading.Event()
+        self._served, self._stop, self._questions = served, threading.Event(), questions
         self._threads = [threading.Thread(target=self._run) for _ in range(4)]
 
     def __enter__(self) -> Load:
@@ -149,9 +155,11 @@ class Load:
 
     def _run(self) -> None:
         with self._served.client() as session:
-            while not self._stop.wait(0.02):
+            for content, headers in itertools.cycle(self._questions):
+                if self._stop.wait(0.02):
+                    break
                 try:
-                    self.told[version_of(session.post(INFER, content=QUESTION))] += 1
+                    self.told[version_of(session.post(INFER, content=content, headers=headers))] += 1
                 except httpx.HTTPError as error:
                     self.told[type(error).__name__] += 1
 
@@ -180,9 +188,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         )
         allow(namespace, "radloop-release")
         made = Served(home, namespace, kubeconfig)
-        (home / "radloop.toml").write_text(
-            TOML.format(host=HOST, image=IMAGE, namespace=namespace, kubeconfig=kubeconfig)
-        )
+        made.configure(HOST)
         with open_catalog(home) as catalog:
             catalog.add_dataset("d" * 64, path="datasets/d.parquet", members=[], actor="publish")
             for model in (made.champion, made.challenger):
@@ -318,6 +324,83 @@ def kill_predictor_in(pod_uid: str) -> None:
     assert found
     for pid in found:
         os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def following(served: Served, tmp_path: Path) -> Iterator[Served]:
+    """Return the project while `radloop serve` follows its releases onto the cluster."""
+    allow(served.namespace, "radloop-serve")
+    served.configure(served.address)
+    ready, said = tmp_path / "ready.json", tmp_path / "serve.err"
+    command = [sys.executable, "-m", "radloop.cli", "serve", "--ready-file", str(ready), "--project", str(served.home)]
+    with said.open("wb") as err, subprocess.Popen(command, stdout=err, stderr=err) as process:
+        wait_until(lambda: ready.exists() or process.poll() is not None)
+        assert ready.exists(), said.read_text()
+        yield served
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0, said.read_text()
+
+
+def wait_until(true: Callable[[], Any], timeout_s: float = 60.0) -> None:
+    until = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < until, f"it did not happen in {timeout_s} s"
+        time.sleep(0.1)
+
+
+def test_a_release_is_driven_as_on_one_machine(following: Served) -> None:
+    """The stages of `radloop run release` on a cluster: smoke, shadow, judge, canary, promotion; harm is taken out."""
+    served, home, times = following, following.home, {}
+    files = [packages.dicom(n, patient=f"patient {n}") for n in range(60)]
+    subjects = [str(client.subject(file, "A")) for file in files]
+    kind = {"content-type": "application/dicom", "x-radloop-site": "A"}
+    questions = [(file, {**kind, SUBJECT_HEADER: n}) for file, n in zip(files, subjects, strict=True)]
+    margins = judge.Margins(latency_floor_ms=1000)
+
+    def deploy(state: State) -> None:
+        began = time.monotonic()
+        rollout.deploy(home, state, timeout_s=120)
+        times[f"{state.routing.strategy} {state.routing.percent}"] = round(time.monotonic() - began, 1)
+
+    def verdict(challenger: ModelRef) -> str:
+        pairs = predictions.pairs(home / "predictions", str(champion.model_digest), challenger.model_digest)
+        return judge.judge(pairs, margins).verdict
+
+    champion, better, worse = served.champion, served.better, served.challenger
+    deploy(rollout.single(home, champion))
+    seen = rollout.deploy(home, State(models=Models(champion=champion, challenger=better)), timeout_s=120)
+    door = rollout.predictor_url(seen, better.model_digest)
+    assert rollout.smoke(home / better.package, door, token=packages.TOKEN).max_absolute_difference < 1e-6
+    with Load(served, questions) as load:
+        deploy(rollout.shadow(home, better))
+        wait_until(lambda: verdict(better) != "undetermined")
+        assert verdict(better) == "operationally_safe"
+        assert set(load.told) == {"1"}
+        for percent in rollout.steps_left(home, better):
+            deploy(rollout.canary(home, better, percent))
+            share = Counter(
+                served.ask(1, **{SUBJECT_HEADER: str(n)}).most_common()[0][0] for n in range(0, 10_000, 250)
+            )
+            assert share["3"] == percent * 40 // 100
+        deploy(rollout.promoted(home))
+        champion = better
+        deploy(rollout.shadow(home, worse))
+        wait_until(lambda: verdict(worse) != "undetermined")
+        assert verdict(worse) == "harm"
+        deploy(rollout.rolled_back(home))
+        load.more()
+    print(f"a release: {dict(load.told)}, seconds: {times}")
+    assert set(load.told) == {"1", "3"}
+    assert client.predict_dicom(rollout.gateway_url(home), files[0], site="A", token=packages.TOKEN).version == "3"
+    left = kubectl("-n", served.namespace, "get", "inferenceservices", "-o", "name").split()
+    assert [name.rpartition("/")[2] for name in left] == [manifests.service_name(better, served.place)]
+
+    mixed_up = msgspec.structs.replace(worse, model_digest="0" * 64)
+    with pytest.raises(ServingError, match="refuses to start") as refused:
+        rollout.deploy(home, rollout.shadow(home, mixed_up), timeout_s=60)
+    assert "0" * 64 in str(refused.value), "the predictor's own words are not told"
+    assert served.ask(20) == {"3": 20}
+    desire(home, rollout.rolled_back(home))
 
 
 def test_what_is_not_ready_gets_no_traffic(served: Served) -> None:

@@ -117,12 +117,48 @@ def register(exports: typer.Typer) -> None:
             print("\n".join(written))
 
 
+def serve_on_cluster(project: Path, settings: Settings, *, ready_file: Path | None, json: bool) -> None:
+    """Follow releases onto the cluster, in this process. Raises ServingError if another one serves this project."""
+    import sys
+    from contextlib import ExitStack
+    from urllib.parse import urlsplit
+
+    from radloop.cli.foreground import announced, ending_with
+    from radloop.serving.apply import Cluster
+    from radloop.serving.controller import Controller
+
+    url = settings.serve.kserve.url
+    at = urlsplit(url)
+    if at.scheme not in ("http", "https") or not at.hostname:
+        raise SettingsError(
+            "where clients reach the cluster's Gateway is not said",
+            expected='[serve.kserve] url = "https://radloop.example"',
+            got=url or "nothing",
+        )
+    cluster = Cluster(str(settings.kubernetes.get("kubeconfig", "")))
+    controller = Controller(
+        project, place_of(project, settings), cluster, url=url.rstrip("/"), mesh=settings.serve.kserve.mesh
+    )
+    port = at.port or {"http": 80, "https": 443}[at.scheme]
+    with ExitStack() as stack:
+
+        def ready() -> None:
+            stack.enter_context(announced(ready_file, at.hostname or "", port))
+            line = f"radloop serve: {url} (predictors on {cluster.address}); Ctrl-C ends this process, not them"
+            print(line, file=sys.stderr if json else sys.stdout, flush=True)
+
+        with ending_with(controller.stop):
+            controller.run(on_ready=ready)
+    if json:
+        output.print_json({"ended": True, "host": at.hostname, "port": port})
+    else:
+        print("radloop serve: ended")
+
+
 def place_of(
     project: Path, settings: Settings, *, gateway: str = "", hosts: tuple[str, ...] = (), replicas: int | None = None
 ) -> Place:
     """Where predictors run: by [kubernetes] and [serve.kserve], or as told. Raises SettingsError where something is missing."""
-    from urllib.parse import urlsplit
-
     import msgspec
 
     from radloop.serving.manifests import Place
@@ -137,7 +173,7 @@ def place_of(
                 got="nothing",
                 next_step="set it in radloop.toml; docs/serving.md, On Kubernetes",
             )
-    asked_by = urlsplit(ours.url).hostname
+    asked_by = _name_in(ours.url)
     place = Place(
         image=told["image"],
         secret=told["secret"],
@@ -154,6 +190,19 @@ def place_of(
         pod=told.get("pod", {}),
     )
     return msgspec.structs.replace(place, resources=ours.resources) if ours.resources else place
+
+
+def _name_in(url: str) -> str:
+    """The host that a route can be for: a name, never an address."""
+    from ipaddress import ip_address
+    from urllib.parse import urlsplit
+
+    host = urlsplit(url).hostname or ""
+    try:
+        ip_address(host)
+    except ValueError:
+        return host
+    return ""
 
 
 def _in_secret(reference: str) -> str:

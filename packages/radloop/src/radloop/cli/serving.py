@@ -41,10 +41,16 @@ def register(app: typer.Typer) -> None:
         """Serve predictions over the Open Inference Protocol (REST), until Ctrl-C or SIGTERM.
 
         Starts the gateway and one predictor for each model in use, keeps them running, and follows what releases ask
-        for. Before the first release it answers 503. On SIGTERM requests under way are answered first.
+        for. Before the first release it answers 503. On SIGTERM requests under way are answered first. With a Gateway
+        under [serve.kserve] predictors run on that cluster, and go on without this process.
         """
         settings = settings_at(project)
-        serve_until_stopped(project, settings, port=port, ready_file=ready_file, json=json)
+        if settings.serve.kserve.gateway:
+            from radloop.cli.kserve import serve_on_cluster
+
+            serve_on_cluster(project, settings, ready_file=ready_file, json=json)
+        else:
+            serve_until_stopped(project, settings, port=port, ready_file=ready_file, json=json)
 
     @command(
         app,

@@ -36,8 +36,16 @@ _PLURALS = {
 }
 
 
+class Ends(msgspec.Struct, frozen=True):
+    """Containers started again, and the exit status and last words of the one that ended last."""
+
+    restarts: int = 0
+    status: int | None = None
+    said: str = ""
+
+
 class Cluster:
-    """The two calls that are made, by the official client.
+    """The calls that are made, by the official client.
 
     Args:
         kubeconfig: how to reach the cluster; empty: as kubectl does, or from inside the cluster.
@@ -67,7 +75,7 @@ class Cluster:
                 expected="[kubernetes] kubeconfig, KUBECONFIG or ~/.kube/config",
                 got=str(error),
             ) from None
-        self._client = client.ApiClient(settings)
+        self._settings, self._client = settings, client.ApiClient(settings)
         self.address = str(settings.host)
 
     def apply(self, manifest: Manifest) -> Manifest:
@@ -86,6 +94,67 @@ class Cluster:
         """The object of this kind and name as the cluster has it; empty if there is none. Raises as `apply`."""
         return self._call("GET", manifest, [], None)
 
+    def delete(self, manifest: Manifest) -> None:
+        """Delete the object of this kind and name, if it is there. Raises as `apply`."""
+        self._call("DELETE", manifest, [], None)
+
+    def list_services(self, namespace: str, *, part_of: str) -> list[Manifest]:
+        """The InferenceServices that radloop made under one name (`Place.name`). Raises as `apply`."""
+        kind = {"apiVersion": "serving.kserve.io/v1beta1", "kind": "InferenceService"}
+        labels = f"app.kubernetes.io/managed-by=radloop,app.kubernetes.io/part-of={part_of}"
+        found = self._call(
+            "GET", {**kind, "metadata": {"namespace": namespace, "name": ""}}, [("labelSelector", labels)], None
+        )
+        return [{**kind, **one} for one in found.get("items", [])]
+
+    def ends(self, namespace: str, service: str) -> Ends:
+        """How the containers of an InferenceService have ended so far. Raises as `apply`."""
+        found = [told for pod in self._pods(namespace, service) for told in pod.status.container_statuses or []]
+        over = [end for told in found if (end := told.state.terminated or told.last_state.terminated) is not None]
+        last = max(over, key=lambda end: end.finished_at.timestamp() if end.finished_at else 0.0, default=None)
+        return Ends(
+            restarts=sum(told.restart_count for told in found),
+            status=None if last is None else int(last.exit_code),
+            said="" if last is None else str(last.message or last.reason or "").strip(),
+        )
+
+    def connect(self, namespace: str, service: str, port: int) -> Any:
+        """A connection to one Ready pod of an InferenceService, through the API: a socket to read and write.
+
+        Raises:
+            ServingError: no pod is Ready, or the cluster lets nobody through.
+        """
+        from kubernetes import client, stream
+
+        ready = [pod.metadata.name for pod in self._pods(namespace, service) if _is_ready(pod)]
+        if not ready:
+            raise ServingError(f"no pod of {service} is Ready", next_step="kubectl get pods")
+        # A client of its own: `portforward` changes the one that it is given for as long as it connects.
+        call = client.CoreV1Api(client.ApiClient(self._settings)).connect_get_namespaced_pod_portforward
+        try:
+            return stream.portforward(call, ready[0], namespace, ports=str(port)).socket(port)
+        except Exception as error:  # noqa: BLE001 - ApiException and websocket's, with all headers in them
+            raise ServingError(
+                f"no way to the pods of {service}",
+                got=getattr(error, "reason", None) or type(error).__name__,
+                next_step="kubectl auth can-i get pods/portforward; can-i create pods/portforward",
+            ) from None
+
+    def _pods(self, namespace: str, service: str) -> list[Any]:
+        from kubernetes import client
+        from kubernetes.client import rest
+
+        labels = f"serving.kserve.io/inferenceservice={service}"
+        core = client.CoreV1Api(self._client)
+        try:
+            return list(core.list_namespaced_pod(namespace, label_selector=labels, _request_timeout=(5, 30)).items)
+        except (client.ApiException, rest.urllib3.exceptions.HTTPError) as error:
+            raise ServingError(
+                f"the pods of {service} cannot be listed",
+                got=_words(error.body) if isinstance(error, client.ApiException) else str(error)[:300],
+                next_step="kubectl auth can-i list pods",
+            ) from None
+
     def _call(self, method: str, manifest: Manifest, query: list[tuple[str, str]], body: Manifest | None) -> Manifest:
         from kubernetes.client import ApiException, rest
 
@@ -94,7 +163,7 @@ class Cluster:
         what = f"{manifest['kind']} {metadata['namespace']}/{metadata['name']}"
         try:
             answer = self._client.call_api(
-                f"{path}/{metadata['name']}",
+                f"{path}/{metadata['name']}".rstrip("/"),
                 method,
                 query_params=query,
                 header_params={"Accept": "application/json", "Content-Type": "application/apply-patch+yaml"},
@@ -106,7 +175,7 @@ class Cluster:
             )
             found: Manifest = msgspec.json.decode(answer.data)
         except ApiException as error:
-            if method == "GET" and error.status == 404:
+            if method in ("GET", "DELETE") and error.status == 404:
                 return {}
             raise ServingError(
                 f"the cluster refused {what}",
@@ -184,17 +253,17 @@ def move(cluster: Cluster, route: Manifest) -> None:
     Raises:
         ServingError: the cluster refuses.
     """
-    if route["kind"] == "HTTPRoute":
-        now = cluster.get(route)
-        rules = [rule for rule in now.get("spec", {}).get("rules", []) if not _is_aside(rule)]
-        gone = _services(rules) - _services(route["spec"]["rules"])
-        if now and (gone or _services(route["spec"]["rules"]) - _services(rules)):
-            aside = _aside(_services(rules) | _services(route["spec"]["rules"]))
-            for wanted in (rules, route["spec"]["rules"]):
-                cluster.apply({**route, "spec": {**route["spec"], "rules": [*wanted, aside]}})
-                time.sleep(_SETTLE_S)
-    cluster.apply(route)
-    time.sleep(_SETTLE_S)
+    now = cluster.get(route)
+    before, wanted = now.get("spec", {}).get("rules", []), route["spec"].get("rules", [])
+    before = [rule for rule in before if not _is_aside(rule)]
+    if route["kind"] == "HTTPRoute" and now and _services(before) != _services(wanted):
+        aside = _aside(_services(before) | _services(wanted))
+        for rules in (before, wanted):
+            cluster.apply({**route, "spec": {**route["spec"], "rules": [*rules, aside]}})
+            time.sleep(_SETTLE_S)
+    made = cluster.apply(route)
+    if made["metadata"].get("resourceVersion") != now.get("metadata", {}).get("resourceVersion"):
+        time.sleep(_SETTLE_S)
 
 
 def _services(rules: list[Manifest]) -> set[tuple[str, int]]:
@@ -222,6 +291,11 @@ def check_ready(cluster: Cluster, predictors: list[Manifest]) -> dict[str, str]:
     """Names of InferenceServices that must get no traffic yet, each with the reason. Raises as `Cluster.get`."""
     told = {one["metadata"]["name"]: unready(cluster.get(one)) for one in predictors}
     return {name: why for name, why in told.items() if why}
+
+
+def _is_ready(pod: Any) -> bool:
+    conditions = pod.status.conditions or []
+    return not pod.metadata.deletion_timestamp and any(c.type == "Ready" and c.status == "True" for c in conditions)
 
 
 def _words(body: object) -> str:

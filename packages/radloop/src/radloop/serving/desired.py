@@ -79,12 +79,13 @@ class ObservedModel(msgspec.Struct, frozen=True):
 
 
 class ObservedGateway(msgspec.Struct, frozen=True):
-    """Envoy as the supervisor sees it."""
+    """The gateway as the supervisor sees it: Envoy at a port of this machine, or a cluster's at its `url`."""
 
     port: int | None
     ready: bool
     restarts: int
     last_error: str | None
+    url: str | None = None
 
 
 class Observed(msgspec.Struct, frozen=True):

@@ -260,6 +260,8 @@ def _container(model: ModelRef, place: Place) -> Manifest:
         "startupProbe": {**_probe("ready"), "periodSeconds": 1, "failureThreshold": 120},
         "readinessProbe": {**_probe("ready"), "periodSeconds": 2, "failureThreshold": 2},
         "livenessProbe": {**_probe("live"), "periodSeconds": 10, "failureThreshold": 3},
+        # Why a model cannot be served is said on the way out; KServe hands it on.
+        "terminationMessagePolicy": "FallbackToLogsOnError",
         # Routes hear of a pod's end a moment after it does: until then it takes what still comes.
         "lifecycle": {"preStop": {"exec": {"command": ["sleep", "5"]}}},
         "resources": place.resources,

@@ -195,6 +195,8 @@ def gateway_url(home: Path) -> str:
     """
     _check_supervisor(home)
     now = observed(home)
+    if now is not None and now.gateway.url:
+        return now.gateway.url
     if now is None or now.gateway.port is None:
         raise ServingError("the gateway is not ready", got=_in_words(now), next_step="wait a moment and ask again")
     return f"http://127.0.0.1:{now.gateway.port}"
