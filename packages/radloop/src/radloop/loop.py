@@ -67,7 +67,7 @@ def develop(settings: Settings) -> Pipeline:
 
 
 def train(settings: Settings) -> Pipeline:
-    """The first half of `develop`: the leakage gate and the training."""
+    """The first half of `develop`: the leakage gate and the training, or the network that was brought instead."""
     b = Builder("train")
     _train(b, settings, _given(b))
     return b.build()
@@ -94,7 +94,8 @@ def _train(b: Builder, settings: Settings, given: dict[str, Handle]) -> Handle:
     dataset = given["dataset"]
     parts = b.add(d.split, dataset=dataset, champion_dataset=given["champion_dataset"])
     return b.add(
-        d.train,
+        d.adopt if settings.train.get("network") else d.train,
+        name="train",
         dataset=dataset,
         tensors=given["tensors"],
         split=parts.split,

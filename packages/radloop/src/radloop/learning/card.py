@@ -23,7 +23,11 @@ LIMITS = (
     "The probability is calibrated at the validation part's prevalence; predictive values are for the declared one.",
     "Subgroups marked insufficient evidence were not shown to work.",
     "Inputs of another modality are refused; another body part or projection is not noticed.",
-    "Grad-CAM pictures are no explanation.",
+    "Pictures of where an answer came from are no explanation.",
+)
+ELSEWHERE = (
+    "The network was trained elsewhere; on whose patients is not known here. Where patients of the test part were among them,"
+    " its figures are too good. Calibration and threshold were fitted here, on the validation part."
 )
 
 
@@ -48,6 +52,7 @@ def card(
         "subgroups": msgspec.to_builtins(evaluation.subgroups),
         "shortcut": msgspec.to_builtins(evaluation.shortcut),
         "gates": msgspec.to_builtins(list(gates)),
+        "training": ELSEWHERE if evaluation.trained_elsewhere else "by radloop, on the train part",
         "limits": list(LIMITS),
     }
 
@@ -76,6 +81,8 @@ def markdown(data: dict[str, Any]) -> str:
         "",
         *_table(("identity", "value"), [(k.replace("_", " "), v) for k, v in identity.items()]),
         "## Data",
+        "",
+        f"Trained: {data['training']}",
         "",
         *_table(
             ("part", "patients", "images", "positive images"),

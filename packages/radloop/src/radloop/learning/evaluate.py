@@ -23,6 +23,7 @@ from radloop.errors import ArtifactError
 from radloop.imaging.transforms import Preprocessing
 from radloop.learning import decision, network, shortcut, statistics
 from radloop.learning.decision import Decision
+from radloop.learning.runtimes import origin
 from radloop.learning.shortcut import Shortcut
 from radloop.learning.statistics import Floats, Interval, Resamples
 from radloop.learning.train import Part, labelled
@@ -120,6 +121,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
         roc: points (false positive rate, true positive rate).
         reliability: (mean probability, share positive, images) of each calibration bin.
         gaps: one a factor that has two subgroups with evidence, largest first.
+        trained_elsewhere: on whose patients is not known.
     """
 
     task: str
@@ -135,6 +137,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     leakage: split.Leakage
     comparison: Comparison | None = None
     examples: list[Example] = []
+    trained_elsewhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,7 @@ def evaluate(
         ArtifactError: model or tensors do not fit the manifest.
     """
     steps = _Steps(6, progress)
-    net = network.load(model)
+    net = network.open_model(model)
     validation, test = labelled(table, "validation"), labelled(table, "test")
     with network.deterministic(config.seed, config.threads):
         learnt = network.logits(net, tensors, preprocessing, validation.sop_uids)
@@ -207,6 +210,7 @@ def evaluate(
         leakage=split.leakage(table, models=others),
         comparison=comparison,
         examples=_examples(net, tensors, preprocessing, test, rule, probabilities, config, out / "examples"),
+        trained_elsewhere=origin(model) is not None,
     )
     (out / "decision.json").write_bytes(msgspec.json.encode(rule, order="deterministic"))
     text = msgspec.json.format(msgspec.json.encode(evaluation, order="deterministic"), indent=1)

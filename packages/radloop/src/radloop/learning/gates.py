@@ -44,7 +44,10 @@ class Gate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def judge(evaluation: Evaluation, config: GateConfig) -> list[Gate]:
-    """Every gate's verdict, in a fixed order. The gate `non_inferiority` is there only if there is a champion."""
+    """Every gate's verdict, in a fixed order.
+
+    The gate `non_inferiority` is there only if there is a champion, `provenance` only if the network was trained elsewhere.
+    """
     gates = [
         _leakage(evaluation),
         _auc(evaluation, config),
@@ -54,6 +57,8 @@ def judge(evaluation: Evaluation, config: GateConfig) -> list[Gate]:
     ]
     if evaluation.comparison is not None:
         gates.append(_non_inferiority(evaluation, config))
+    if evaluation.trained_elsewhere:
+        gates.append(_provenance())
     return gates
 
 
@@ -87,6 +92,12 @@ def _leakage(evaluation: Evaluation) -> Gate:
     leak = evaluation.leakage
     figure = float(leak.crossing_patients + leak.crossing_pixels + sum(leak.trained_on_test.values()))
     return Gate(gate="leakage", verdict="pass" if leak.clean else "fail", figure=figure, bound=0.0, detail=leak.message)
+
+
+def _provenance() -> Gate:
+    """The leakage gate sees only what radloop trained; nobody but a person can vouch for another network."""
+    detail = "the network was trained elsewhere: whether it learnt from patients of the test part is not known"
+    return Gate(gate="provenance", verdict="undetermined", figure=None, bound=0.0, detail=detail)
 
 
 def _auc(evaluation: Evaluation, config: GateConfig) -> Gate:

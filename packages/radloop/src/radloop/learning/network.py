@@ -11,6 +11,7 @@ import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from radloop.errors import ArtifactError, SettingsError
 from radloop.imaging.transforms import Preprocessing
+from radloop.learning.runtimes import Network, open_network, origin
 
 if TYPE_CHECKING:
     from torch import nn
@@ -94,6 +96,13 @@ def load(folder: Path) -> nn.Module:
     return network.eval()
 
 
+def open_model(folder: Path) -> nn.Module | Network:
+    """The network of a model folder, whether radloop trained it or it was brought. Raises ArtifactError as `load`."""
+    if origin(folder) is None:
+        return load(folder)
+    return open_network(folder, preprocessing_of(folder).size)
+
+
 def preprocessing_of(folder: Path) -> Preprocessing:
     """The preprocessing that a model folder or package was made with. Raises ArtifactError if it cannot be read."""
     try:
@@ -103,7 +112,7 @@ def preprocessing_of(folder: Path) -> Preprocessing:
 
 
 def logits(
-    network: nn.Module,
+    network: nn.Module | Network,
     tensors: TensorSet,
     preprocessing: Preprocessing,
     sop_uids: Sequence[str],
@@ -112,21 +121,28 @@ def logits(
     progress: Callable[[int, int], None] | None = None,
 ) -> NDArray[np.float64]:
     """The network's logits `(n,)` for instances, in evaluation mode, on the device where the network is."""
+    places, out = tensors.places(sop_uids), np.empty(len(sop_uids), dtype=np.float64)
+    compute = network.logits if isinstance(network, Network) else partial(_computed, network)
+    module = None if isinstance(network, Network) or not network.training else network
+    if module is not None:
+        module.eval()
+    for start in range(0, len(places), batch_size):
+        here = slice(start, start + batch_size)
+        out[here] = compute(preprocessing.windowed(tensors.take(places[here])))
+        if progress is not None:
+            progress(min(start + batch_size, len(places)), len(places))
+    if module is not None:
+        module.train()
+    return out
+
+
+def _computed(network: nn.Module, images: NDArray[np.float32]) -> NDArray[np.float64]:
     import torch
 
-    device = next(network.parameters()).device
-    places, out = tensors.places(sop_uids), np.empty(len(sop_uids), dtype=np.float64)
-    was_training = network.training
-    network.eval()
     with torch.inference_mode():
-        for start in range(0, len(places), batch_size):
-            here = slice(start, start + batch_size)
-            images = torch.from_numpy(preprocessing.windowed(tensors.take(places[here])))
-            out[here] = network(images.to(device)).reshape(-1).double().cpu().numpy()
-            if progress is not None:
-                progress(min(start + batch_size, len(places)), len(places))
-    network.train(was_training)
-    return out
+        found = network(torch.from_numpy(images).to(next(network.parameters()).device))
+    values: NDArray[np.float64] = found.reshape(-1).double().cpu().numpy()
+    return values
 
 
 @contextmanager

@@ -1,14 +1,16 @@
-"""The packaged model: an ONNX network with everything that turns a DICOM instance into a probability and a decision.
+"""The packaged model: a network with everything that turns a DICOM instance into a probability and a decision.
 
 A package folder holds `model.onnx`, `preprocessing.json`, `decision.json`, `inputs.json`, `identity.json`,
 `reference.npz`, `MODEL_CARD.md`, `model_card.json` and radloop's wheel. `Packaged` runs it with onnxruntime alone: no
-torch, no MLflow. Nothing in a package comes from a patient: the reference images are drawn.
+torch, no MLflow. A network that was trained elsewhere stays in its own form (`runtimes.FORMS`), with `runtime.json`, and is
+run by its own framework. Nothing in a package comes from a patient: the reference images are drawn.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import shutil
 import warnings
 import zipfile
 from pathlib import Path
@@ -21,6 +23,7 @@ from numpy.typing import NDArray
 from radloop.errors import ArtifactError, DataError, DicomError
 from radloop.imaging.pixels import Pixels
 from radloop.imaging.transforms import Preprocessing
+from radloop.learning import runtimes
 from radloop.learning.decision import Decision
 
 if TYPE_CHECKING:
@@ -30,7 +33,10 @@ if TYPE_CHECKING:
 
 INPUT, OUTPUT = "image", "logit"
 TOLERANCE = 1e-4
-"""Largest absolute difference in logits between onnxruntime and torch that is taken for rounding."""
+"""Largest absolute difference in logits between two runtimes, or two machines, that is taken for rounding.
+
+Of a network that gives probabilities: in those.
+"""
 
 _OPSET = 17
 _COMPARED = 256
@@ -95,23 +101,28 @@ def build(
         inputs: what the model may be asked.
 
     Raises:
-        ArtifactError: the ONNX network's logits are further than 1e-4 from those of its source.
+        ArtifactError: the packaged network's logits are further than 1e-4 from those of its source.
     """
     from radloop.learning import network, wheel
 
     out.mkdir(parents=True, exist_ok=True)
-    net, preprocessing = network.load(model), network.preprocessing_of(model)
+    brought, preprocessing = runtimes.origin(model) is not None, network.preprocessing_of(model)
     if inputs.size != preprocessing.size:
         raise ArtifactError(
             "inputs and preprocessing disagree on the size", expected=preprocessing.size, got=inputs.size
         )
     decision = _read(evaluation / "decision.json", Decision)
-    export(net, preprocessing.size, out / "model.onnx")
+    if brought:
+        _copy(model, out)
+    else:
+        export(network.load(model), preprocessing.size, out / "model.onnx")
     for name, value in (("preprocessing", preprocessing), ("decision", decision), ("inputs", inputs)):
         (out / f"{name}.json").write_bytes(msgspec.json.encode(value, order="deterministic"))
     identity = Identity(
         task=task,
-        model_digest=_model_digest(network.weights_digest(model), preprocessing, decision, inputs),
+        model_digest=_model_digest(
+            runtimes.digest(out) if brought else network.weights_digest(model), preprocessing, decision, inputs
+        ),
         dataset_digest=dataset_digest,
         preprocessing_digest=preprocessing.digest,
         key_id=key_id,
@@ -119,7 +130,7 @@ def build(
     )
     (out / "identity.json").write_bytes(msgspec.json.encode(identity, order="deterministic"))
     packaged = Packaged(out)
-    _compare(net, packaged, tensors, sop_uids[:_COMPARED])
+    _compare(network.open_model(model), packaged, tensors, sop_uids[:_COMPARED])
     _write_reference(packaged, out / "reference.npz")
     return identity
 
@@ -153,16 +164,22 @@ def export(net: nn.Module, size: int, path: Path) -> None:
         )
 
 
-def _compare(net: nn.Module, packaged: Packaged, tensors: TensorSet, sop_uids: list[str]) -> None:
-    import torch
+def _copy(model: Path, out: Path) -> None:
+    for source in runtimes.files(model):
+        target = out / source.relative_to(model)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
 
+
+def _compare(net: nn.Module | runtimes.Network, packaged: Packaged, tensors: TensorSet, sop_uids: list[str]) -> None:
+    from radloop.learning import network
+
+    source = network.logits(net, tensors, packaged.preprocessing, sop_uids)
     images = packaged.preprocessing.windowed(tensors.gather(sop_uids))
-    with torch.inference_mode():
-        source = net(torch.from_numpy(images)).reshape(-1).double().numpy()
-    difference = float(np.abs(source - packaged.logits(images)).max(initial=0.0))
+    difference = packaged.network.difference(source, packaged.logits(images))
     if not difference <= TOLERANCE:
         raise ArtifactError(
-            "the ONNX network does not compute what the trained one does",
+            "the packaged network does not compute what the evaluated one does",
             expected=f"logits within {TOLERANCE:g} on {len(sop_uids)} images",
             got=f"a difference of {difference:.3g}",
             next_step="report this with the versions of torch and onnxruntime; the model was not packaged",
@@ -229,10 +246,14 @@ class Packaged:
 
     Args:
         folder: from `build`.
-        threads: onnxruntime's threads for one call.
+        threads: for one call of the network.
+
+    Attributes:
+        network: the loaded network, and `platform` its framework as the Open Inference Protocol names it.
 
     Raises:
-        ArtifactError: a file is missing or unreadable, or this radloop's preprocessing code is not the model's.
+        ArtifactError: a file is missing or unreadable, the network's framework is not installed, or this radloop's
+            preprocessing code is not the model's.
     """
 
     def __init__(self, folder: Path, *, threads: int = 1) -> None:
@@ -248,14 +269,12 @@ class Packaged:
                 got=self.preprocessing.digest,
                 next_step=f"install the package's wheel ({self.identity.radloop}), or train again with this radloop",
             )
-        self._session = _session(folder / "model.onnx", threads)
+        self.network = runtimes.open_network(folder, self.inputs.size, threads=threads)
+        self.platform = self.network.platform
 
     def logits(self, images: NDArray[np.float32]) -> NDArray[np.float64]:
         """Raw logits `(n,)` of windowed images `(n, 1, size, size)`."""
-        if not len(images):
-            return np.empty(0)
-        (found,) = self._session.run([OUTPUT], {INPUT: images})
-        return np.asarray(found, dtype=np.float64).reshape(-1)
+        return self.network.logits(images)
 
     def predict_tensor(self, images: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Probabilities and decisions, each `(n,)`, of windowed images, float32 `(n, 1, size, size)`, 0 to 1.
@@ -326,7 +345,7 @@ class Packaged:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ArtifactError("a package cannot be read", expected="reference.npz", got=str(error)) from None
         got = self.logits(self.preprocessing.windowed(native))
-        difference = float(np.abs(got - expected).max())
+        difference = self.network.difference(got, expected)
         if not difference <= TOLERANCE:
             raise ArtifactError(
                 "the model answers otherwise than when it was packaged",
@@ -334,15 +353,3 @@ class Packaged:
                 got=f"a difference of {difference:.3g}",
                 next_step="install the versions in the package's requirements; do not serve this model",
             )
-
-
-def _session(path: Path, threads: int) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3
-    try:
-        return onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # noqa: BLE001 - onnxruntime has a dozen exception types without a common base
-        raise ArtifactError("a package cannot be read", expected="model.onnx", got=type(error).__name__) from None

@@ -1,21 +1,27 @@
-"""Where a logit came from: Grad-CAM (Selvaraju et al., ICCV 2017) over the last feature maps, drawn beside the image.
+"""Where a logit came from, drawn beside the image.
 
+By Grad-CAM (Selvaraju et al., ICCV 2017) over the last feature maps; for a network that was made elsewhere, whose inside is
+unknown, by occlusion (Zeiler & Fergus, ECCV 2014).
 A picture for a reader's eye. It explains nothing and no gate looks at it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from radloop.learning.runtimes import Network
+
 if TYPE_CHECKING:
     from torch import nn
 
 SCALE = 2
+_PATCHES = 8
 
 
 def grad_cam(network: nn.Module, images: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -42,14 +48,31 @@ def grad_cam(network: nn.Module, images: NDArray[np.float32]) -> NDArray[np.floa
     return scaled
 
 
-def write(network: nn.Module, images: NDArray[np.float32], names: Sequence[str], folder: Path) -> list[str]:
+def occlusion(network: Network, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    """As `grad_cam`, from answers alone: how far the logit falls towards 0 as each square of 8 x 8 is made grey."""
+    heat = np.empty(images[:, 0].shape, np.float32)
+    edges = np.linspace(0, images.shape[-1], _PATCHES + 1).astype(int)
+    squares = [np.s_[a:b, c:d] for a, b in pairwise(edges) for c, d in pairwise(edges)]
+    for image, map_ in zip(images, heat, strict=True):
+        covered = np.repeat(image[np.newaxis], len(squares) + 1, axis=0)
+        for one, square in zip(covered, squares, strict=False):
+            one[0][square] = image.mean()
+        *without, whole = network.logits(covered)
+        for logit, square in zip(without, squares, strict=True):
+            map_[square] = max((whole - logit) * np.sign(whole), 0)
+    top = heat.max(axis=(1, 2), keepdims=True)
+    return np.asarray(heat / np.where(top > 0, top, 1), np.float32)
+
+
+def write(network: nn.Module | Network, images: NDArray[np.float32], names: Sequence[str], folder: Path) -> list[str]:
     """One PNG for each image `(n, 1, size, size)`: the image, and it under its heat map. Returns names."""
     from PIL import Image
 
     if not names:
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    for name, image, heat in zip(names, images[:, 0], grad_cam(network, images), strict=True):
+    heats = occlusion(network, images) if isinstance(network, Network) else grad_cam(network, images)
+    for name, image, heat in zip(names, images[:, 0], heats, strict=True):
         grey = np.repeat(image[:, :, np.newaxis], 3, axis=2)
         alpha = 0.6 * heat[:, :, np.newaxis]
         over = grey * (1 - alpha) + np.array([1.0, 0.45, 0.0]) * alpha

@@ -40,6 +40,7 @@ from mlflow.types import ColSpec, Schema
 
 from radloop.artifact import digest_of, file_digest
 from radloop.errors import EngineError
+from radloop.learning import runtimes
 from radloop.learning.package import Identity, Inputs, example_dicom
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # creating a store is no news to who runs a loop
@@ -238,6 +239,15 @@ class Tracking:
         if self.alias(name, alias) is not None:
             self._client.delete_registered_model_alias(name, alias)
 
+    def fetch(self, name: str, version: int, folder: Path) -> Path:
+        """Copy a version's package out of the registry into a new folder; returns it. A predictor can start from it."""
+        from mlflow.artifacts import download_artifacts
+
+        source = f"{self.location(name, version).rstrip('/')}/data/package"
+        with tempfile.TemporaryDirectory() as place, _quiet():
+            found = download_artifacts(artifact_uri=source, dst_path=place, tracking_uri=self.uri)
+            return Path(shutil.copytree(found, folder))
+
     def location(self, name: str, version: int) -> str:
         """Where a version's MLflow model lies, for `mlflow.pyfunc.load_model`."""
         return str(self._client.get_model_version_download_uri(name, str(version)))
@@ -286,12 +296,12 @@ def save(package: Path, path: Path, *, model_id: str | None = None, run_id: str 
             mlflow_model=Model(model_id=model_id, run_id=run_id),
             signature=SIGNATURE,
             input_example=pd.DataFrame({"dicom": [example_dicom(inputs)]}),
-            pip_requirements=[f"data/package/{wheel.name}", *requirements()],
+            pip_requirements=[f"data/package/{wheel.name}", *requirements(runtimes.framework(package))],
         )
 
 
-def requirements() -> list[str]:
-    """What a packaged model needs beside radloop's wheel, pinned to the versions installed here."""
+def requirements(framework: str = "onnxruntime") -> list[str]:
+    """What a model needs beside radloop's wheel, `framework` to run its network, pinned to the versions installed here."""
     declared = [line for line in metadata.requires("radloop") or [] if "extra ==" not in line]
     names = {re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0] for line in declared}
-    return [f"{name}=={metadata.version(name)}" for name in sorted({*names, *_PIXELS, "mlflow", "onnxruntime"})]
+    return [f"{name}=={metadata.version(name)}" for name in sorted({*names, *_PIXELS, "mlflow", framework})]

@@ -21,6 +21,7 @@ from radloop.datasets.tensors import Samples, TensorSet
 from radloop.errors import DataError
 from radloop.imaging.transforms import Preprocessing
 from radloop.learning import network
+from radloop.learning.runtimes import Gives
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
@@ -47,6 +48,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         threads: CPU threads; None: all. Weights are the same for the same number only. One is the default: so small a
             network gains little from a second core, and loses most of both where other processes want them.
         max_seconds: stop after the epoch that passes it. The result then depends on the machine's speed.
+        network: a network that was made elsewhere, as a path in the project: it is taken instead, and nothing is trained.
+        network_output: what its numbers are.
     """
 
     model: str = "densenet"
@@ -61,6 +64,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     seed: int = 0
     threads: int | None = 1
     max_seconds: float | None = None
+    network: str = ""
+    network_output: Gives = "logit"
 
 
 class Epoch(msgspec.Struct, frozen=True):

@@ -74,7 +74,7 @@ class ServedModel:
         identity = self._packaged.identity
         self.digest = identity.model_digest
         self.size = self._packaged.inputs.size
-        self.platform = "onnx_onnxruntime"
+        self.platform = self._packaged.platform
         if expect_digest is not None and expect_digest != self.digest:
             raise ServingError("the package holds another model", expected=expect_digest, got=self.digest)
         if identity.key_id != pseudonymiser.key_id:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from radloop.errors import ArtifactError, SettingsError
 from radloop.stage import Home, In, Out, stage
 from radloop.stage.execute import log, progress
 from radloop.stages.kinds import (
@@ -74,6 +76,53 @@ def train(
     log(f"best epoch {fitted.best_epoch} of {len(fitted.history)}, on {fitted.device}")
 
 
+@stage(cache=False)
+def adopt(
+    dataset: In[Dataset],
+    tensors: In[Tensors],
+    split: In[Split],
+    model: Out[Model],
+    *,
+    home: Home,
+    config: dict[str, Any] = {},  # noqa: B006
+) -> None:
+    """Take a network that was made elsewhere, `[train] network`, as the model: tried on images of the train part, not changed.
+
+    It always looks at the file; where that is as it was, nothing after it runs again.
+    """
+    from radloop.datasets import manifest
+    from radloop.datasets.tensors import TensorSet
+    from radloop.learning import brought
+    from radloop.learning.train import TrainConfig, labelled
+
+    table, chosen = manifest.read(dataset.file("manifest.parquet")), msgspec.convert(config, TrainConfig)
+    preprocessing = preprocessing_of(tensors)
+    images = TensorSet(tensors.path).gather(labelled(table, "train").sop_uids[:64])
+    said = brought.adopt(
+        _inside(home, chosen.network),
+        chosen.network_output,
+        preprocessing,
+        preprocessing.windowed(images),
+        model.path,
+    )
+    for sentence in said:
+        log(sentence)
+    log(f"the network {chosen.network} was taken as it is; nothing was trained")
+
+
+def _inside(home: Path, path: str) -> Path:
+    """A path of radloop.toml, inside the project: engines elsewhere have no other folder."""
+    found = (home / path).resolve()
+    if not found.is_relative_to(home.resolve()):
+        raise SettingsError(
+            "[train] network lies outside the project",
+            expected="a path inside the project folder",
+            got=path,
+            next_step="copy the network into it, such as to models/",
+        )
+    return found
+
+
 @stage
 def evaluate(
     dataset: In[Dataset],
@@ -135,7 +184,7 @@ def package(
     modalities: list[str] = ["CR", "DX"],  # noqa: B006
     gates_config: dict[str, Any] = {},  # noqa: B006
 ) -> None:
-    """Export to ONNX, compare it with the network it came from, and put all that serving needs into one folder."""
+    """Put all that serving needs into one folder: the network as ONNX, or as it was brought, compared with its source."""
     from radloop.datasets import manifest
     from radloop.datasets.tensors import TensorSet
     from radloop.learning import card, gates
@@ -237,7 +286,7 @@ def _track(
     run_id = tracking.log_run(
         f"{model.digest}:{evaluation.digest}",
         name=f"model {told['model_digest'][:12]}",
-        params=msgspec.to_builtins(msgspec.convert(config, TrainConfig)),
+        params=_params(model, msgspec.convert(config, TrainConfig)),
         metrics=metrics,
         history=epochs,
         datasets=[
@@ -258,9 +307,18 @@ def _track(
     return str(version), run_id
 
 
+def _params(model: In[Model], config: Any) -> dict[str, Any]:
+    """What a run's page says of how the model came to be."""
+    from radloop.learning import runtimes
+
+    told = runtimes.origin(model.path)
+    if told is None:
+        return {name: value for name, value in msgspec.to_builtins(config).items() if not name.startswith("network")}
+    return {"trained": "elsewhere", "network_form": told.form, "network_output": told.gives}
+
+
 def preprocessing_of(tensors: In[Tensors]) -> Any:
     """The preprocessing that made the tensors. Raises ArtifactError if the code has changed since."""
-    from radloop.errors import ArtifactError
     from radloop.imaging.transforms import Preprocessing
 
     told = tensors.json("preprocessing.json")

@@ -70,10 +70,13 @@ class Split(Kind):
 
 
 class Model(Kind):
-    """Weights, architecture and preprocessing. The training's history rides along and is not digested."""
+    """Weights, architecture and preprocessing; or the files of a network that was made elsewhere, and `runtime.json`.
+
+    The training's history rides along and is not digested.
+    """
 
     name = "model"
-    digested = ("weights.*", "architecture.json", "preprocessing.json")
+    digested = ("weights.*", "architecture.json", "preprocessing.json", "model.*", "runtime.json")
 
 
 class Evaluation(Kind):
@@ -84,10 +87,13 @@ class Evaluation(Kind):
 
 
 class Package(Kind):
-    """What is served: ONNX, preprocessing, decision, declared inputs, reference outputs, model card and wheel."""
+    """What is served: the network, preprocessing, decision, declared inputs, reference outputs, model card and wheel."""
 
     name = "package"
-    digested = ("model.onnx", "preprocessing.json", "decision.json", "inputs.json", "reference.npz", "identity.json")
+    digested = (
+        *("model.*", "runtime.json", "preprocessing.json", "decision.json", "inputs.json", "reference.npz"),
+        "identity.json",
+    )
 
 
 class Registered(Kind):
