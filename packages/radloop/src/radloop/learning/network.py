@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -145,6 +146,15 @@ def _computed(network: nn.Module, images: NDArray[np.float32]) -> NDArray[np.flo
     return values
 
 
+def _device() -> str:
+    import torch
+
+    with warnings.catch_warnings():
+        # Without a driver, torch says so only where TensorFlow looked for one before it.
+        warnings.filterwarnings("ignore", "CUDA initialization", UserWarning)
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @contextmanager
 def deterministic(seed: int, threads: int | None = None) -> Iterator[str]:
     """Everything that torch may vary, fixed; put back on leaving. Gives the device: "cuda" where there is one.
@@ -160,7 +170,7 @@ def deterministic(seed: int, threads: int | None = None) -> Iterator[str]:
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     torch.manual_seed(seed)
     try:
-        yield "cuda" if torch.cuda.is_available() else "cpu"
+        yield _device()
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.set_num_threads(before[1])

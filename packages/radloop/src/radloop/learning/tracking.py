@@ -61,6 +61,8 @@ _PIXELS = ("pillow", "pyjpegls", "pylibjpeg-openjpeg", "python-gdcm")
 
 # A uv environment has no pip; that the conda.yaml nobody uses then names none is no news.
 logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)
+# Nor that a checkout's version has not the digest that its wheel's has.
+logging.getLogger("mlflow.utils.requirements_utils").setLevel(logging.ERROR)
 
 
 @contextmanager
@@ -248,6 +250,11 @@ class Tracking:
             found = download_artifacts(artifact_uri=source, dst_path=place, tracking_uri=self.uri)
             return Path(shutil.copytree(found, folder))
 
+    def load(self, name: str, version: int) -> Any:
+        """A version as MLflow's own users load it: `predict` takes a frame with a column `dicom`."""
+        with _quiet():
+            return mlflow.pyfunc.load_model(self.location(name, version))
+
     def location(self, name: str, version: int) -> str:
         """Where a version's MLflow model lies, for `mlflow.pyfunc.load_model`."""
         return str(self._client.get_model_version_download_uri(name, str(version)))
@@ -296,7 +303,13 @@ def save(package: Path, path: Path, *, model_id: str | None = None, run_id: str 
             mlflow_model=Model(model_id=model_id, run_id=run_id),
             signature=SIGNATURE,
             input_example=pd.DataFrame({"dicom": [example_dicom(inputs)]}),
-            pip_requirements=[f"data/package/{wheel.name}", *requirements(runtimes.framework(package))],
+            # pip and uv read a path to a wheel from where they run, one to a folder of wheels from where requirements.txt lies;
+            # `mlflow models build-docker` runs pip elsewhere.
+            pip_requirements=[
+                "--find-links data/package",
+                f"radloop=={wheel.name.split('-')[1]}",
+                *requirements(runtimes.framework(package)),
+            ],
         )
 
 

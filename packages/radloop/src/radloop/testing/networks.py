@@ -99,15 +99,14 @@ def write_torchscript(path: Path, gives: str = "logit", module: Any = None) -> P
 
 def write_saved_model(path: Path, *, channels_last: bool = True) -> Path:
     """As a TensorFlow SavedModel folder, which takes `(n, size, size, 1)` as TensorFlow's networks do."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import tensorflow as tf
+    from radloop.learning.runtimes.saved_model import tensorflow
 
+    tf = tensorflow()
     told = weights()
     kernel = tf.Variable(told.kernel.transpose(2, 3, 1, 0))
     out = tf.Variable(told.out.T)
 
-    class Disc(tf.Module):  # type: ignore[misc]
+    class Disc(tf.Module):  # type: ignore[misc,name-defined]
         def __init__(self) -> None:
             super().__init__()
             self.kernel, self.out = kernel, out

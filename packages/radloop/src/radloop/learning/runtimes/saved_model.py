@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ class SavedModelRunner:
     platform = "tensorflow_savedmodel"
 
     def __init__(self, path: Path, threads: int) -> None:
-        tf = _tensorflow(threads)
+        tf = tensorflow(threads)
         self._tf = tf
         if not (path / "saved_model.pb").is_file():
             raise unreadable(path / "saved_model.pb", "no such file")
@@ -52,7 +53,14 @@ class SavedModelRunner:
         return found
 
 
-def _tensorflow(threads: int) -> Any:
+def tensorflow(threads: int = 1) -> Any:
+    """The module `tensorflow`, imported on the CPU and quietly. Raises ArtifactError if it is not installed.
+
+    Triton, which torch brings and imports late, holds an LLVM of its own: loaded after TensorFlow's it ends the process
+    ("inconsistency in registered CommandLine options"; TensorFlow 2.21, torch 2.15), loaded before it does no harm.
+    """
+    with suppress(ImportError):
+        import_module("triton._C.libtriton")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # what it says of the processor is no news
     try:
         with warnings.catch_warnings():
