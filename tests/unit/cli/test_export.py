@@ -104,6 +104,35 @@ def test_a_release_on_kubernetes_as_files(inside: Run, project: Path, mesh: str)
     assert "a-token-of-some-length" not in written
 
 
+def test_what_the_cluster_is_told_by_the_settings(inside: Run, project: Path) -> None:
+    """A site says once where its Gateway is; an address in `url` is no name that a route could be for."""
+    import yaml
+
+    told = (
+        '[serve.kserve]\ngateway = "infra/edge"\nurl = "{url}"\nreplicas = 3\nresources = {{limits = {{cpu = "4"}}}}\n'
+    )
+    for url, hosts in (("https://radloop.example:8443", ["radloop.example"]), ("http://10.1.2.3", None)):
+        registered(project, promoted="1")
+        with (project / "radloop.toml").open("a") as file:
+            file.write(told.format(url=url))
+        ran = inside("export", "kserve", str(project / "k8s"), "--champion", "1", "--strategy", "single")
+        assert ran.code == 0, ran.err
+        predictor = yaml.safe_load((project / "k8s/predictors.yaml").read_text())["spec"]["predictor"]
+        assert predictor["minReplicas"] == 3
+        assert predictor["containers"][0]["resources"] == {"limits": {"cpu": "4"}}
+        route = yaml.safe_load((project / "k8s/routes.yaml").read_text())["spec"]
+        assert route["parentRefs"] == [{"name": "edge", "namespace": "infra"}]
+        assert route.get("hostnames") == hosts
+
+
+def test_serving_on_a_cluster_needs_its_address(inside: Run, project: Path) -> None:
+    """`radloop predict` and `radloop answer` would have nobody to ask."""
+    (project / "radloop.toml").write_text('[serve.kserve]\ngateway = "infra/edge"\n')
+    ran = inside("serve")
+    assert ran.code == 1
+    assert "[serve.kserve] url" in ran.err
+
+
 def test_a_canary_on_kubernetes_needs_an_approval_too(inside: Run, project: Path) -> None:
     """Moving to a cluster must not be the way around the person who has to say yes."""
     from radloop.stages.project import open_catalog

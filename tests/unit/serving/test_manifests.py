@@ -308,8 +308,8 @@ def test_a_predictor_knows_its_part(state: State) -> None:
 
 
 def test_no_more_rules_than_an_http_route_may_have() -> None:
-    """16 rules are the API's limit."""
-    assert max(len(manifests.rules(state)) for state in STATES.values()) <= 16
+    """16 rules are the API's limit; one more is there while a route changes (`apply.move`)."""
+    assert max(len(manifests.rules(state)) for state in STATES.values()) < 16
 
 
 def test_a_predictor_sees_its_package_and_nothing_identified() -> None:

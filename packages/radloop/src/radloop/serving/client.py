@@ -1,8 +1,13 @@
-"""Ask a predictor or the gateway about one DICOM instance."""
+"""Ask a predictor or the gateway about one DICOM instance.
+
+An inference changes nothing but the log, so a 503 (a replica that ends or was killed, behind a gateway without retries of its
+own) is asked again for two seconds.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import time
 from typing import Any
 
 import msgspec
@@ -11,6 +16,8 @@ from radloop.dicom.header import read_header
 from radloop.dicom.uids import normalise
 from radloop.errors import DicomError, ServingError
 from radloop.serving.gateway import SUBJECT_HEADER, SUBJECTS
+
+_PAUSES_S = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.5)
 
 
 class Prediction(msgspec.Struct, frozen=True):
@@ -94,7 +101,11 @@ def _post(
         headers["authorization"] = f"Bearer {token}"
     send = httpx.post if client is None else client.post
     try:
-        answer = send(url, content=content, headers=headers, timeout=timeout_s)
+        for pause_s in _PAUSES_S:
+            time.sleep(pause_s)
+            answer = send(url, content=content, headers=headers, timeout=timeout_s)
+            if answer.status_code != 503:
+                break
     except httpx.HTTPError as error:
         raise ServingError(
             "no answer from the predictor",
