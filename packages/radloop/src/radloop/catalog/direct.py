@@ -26,11 +26,11 @@ _INSERT = (
     f"INSERT INTO {schema.instances.name} ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"
     " ON CONFLICT DO NOTHING"
 )
-_BY_SOURCE = f"SELECT sop_uid FROM {schema.instances.name} WHERE source_sha256 = ? AND key_id = ?"
+_BY_SOURCE = f"SELECT sop_uid FROM {schema.instances.name} WHERE source_sha256 = ?1 AND key_id = ?2"
 _FILE_KEY = f"INSERT OR IGNORE INTO {schema.instance_files.name} (file_key, sop_uid) VALUES (?, ?)"
-_HELD = (
-    f"SELECT 1 FROM {schema.quarantine.name}"
-    f" WHERE source_sha256 = ? AND state = '{QuarantineState.HELD}' AND revision IS NULL"
+_SEEN = (
+    f"SELECT EXISTS ({_BY_SOURCE}) OR EXISTS (SELECT 1 FROM {schema.quarantine.name}"
+    f" WHERE source_sha256 = ?1 AND state = '{QuarantineState.HELD}' AND revision IS NULL)"
 )
 
 
@@ -53,10 +53,7 @@ class Direct:
     def unseen(self, source_sha256: str, key_id: str) -> bool:
         """Whether these bytes are neither an instance nor held in quarantine."""
         with self._lock:
-            database = self._open()
-            if database.execute(_BY_SOURCE, (source_sha256, key_id)).fetchone() is not None:
-                return False
-            return database.execute(_HELD, (source_sha256,)).fetchone() is None
+            return not self._open().execute(_SEEN, (source_sha256, key_id)).fetchone()[0]
 
     def record_new(self, rows: Sequence[InstanceRow]) -> list[Recorded | None]:
         """Record in one transaction: NEW, SAME, or None where the SOPInstanceUID is known with other bytes."""

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from enum import StrEnum
-from typing import Protocol
 
 import msgspec
 
 from radloop.catalog.reason import Reason
 from radloop.dicom.header import Header
 from radloop.dicom.landed import Buffer
+from radloop.dicom.spool import Spool
 from radloop.errors import DataError
 
 _FIRST_BYTES = 4096
-
-
-class Aside(Protocol):
-    """Does things in another thread, in order."""
-
-    def __call__(self, task: Callable[..., object], *arguments: object) -> None:
-        """Begin."""
-
-    def wait(self) -> None:
-        """Return when all is done; raises what was raised."""
 
 
 class OutcomeKind(StrEnum):
@@ -53,13 +42,13 @@ class Received(Arrival, frozen=True, kw_only=True):
 
     sha256: the identity of `data`.
     sop_class_uid, sop_uid: what the command announced (PS3.7 section 9.3.1.1).
-    spool: an open file without a name in the landing folder that holds `data`, when it is too large to be held in memory.
+    spool: a file without a name in the landing folder that holds `data` already.
     """
 
     sha256: str
     sop_class_uid: str
     sop_uid: str
-    spool: int | None = None
+    spool: Spool | None = None
 
     def __repr__(self) -> str:
         return f"Received({len(self.data)} bytes from {self.sender!r})"

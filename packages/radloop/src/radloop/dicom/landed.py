@@ -18,10 +18,10 @@ import mmap
 import os
 import secrets
 import struct
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from enum import Enum
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from radloop.catalog.database import storage_errors
+from radloop.dicom.spool import Spool, write_all
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -168,82 +169,41 @@ def _short(element: int, vr: bytes, text: str, padding: bytes) -> bytes:
 # Writing for good
 
 
-class Placed:
-    """A file under its name, whole, on its way to the disk: `flush` waits until it is there for good.
+def place(target: Path, data: Buffer, spool: Spool | None = None) -> None:
+    """Write a file whole and for good.
 
-    The name appears at once; only then is the file flushed, so that the file system commits once, and the disk writes while the
-    caller does other things. After a power cut within, a torn file may stand under the name, which its identity betrays
-    (`radloop.dicom.recovery`).
+    It has its name before it is flushed, so that the file system commits once. After a power cut within, a torn file may stand
+    under the name, which its identity betrays (`radloop.dicom.recovery`).
 
     Args:
         target: `landing/XX/IDENTITY.dcm`.
         data: what to write.
-        spool: an open file that holds these bytes already, on the same file system: it is linked instead of written.
+        spool: holds these bytes already, on the same file system: it is named instead.
 
     Raises:
         StorageFull: no space left; nothing is under the name.
     """
-
-    def __init__(self, target: Path, data: Buffer, spool: int | None = None) -> None:
-        self._target = target
-        with storage_errors(_WHERE):
-            handle = _open_new(target, data) if spool is None else _link_spool(target, data, spool)
-            self._mine = handle is not None
-            # There already, but perhaps not flushed yet.
-            self._handle = os.open(target, os.O_RDONLY) if handle is None else handle
-        start_writing(self._handle)
-
-    def flush(self) -> None:
-        """Return when file and name are on the disk. Raises `StorageFull`; the name is gone then."""
-        try:
-            self.flush_name()
-        finally:
-            self.flush_file()
-
-    def flush_name(self) -> None:
-        """Flush the folder. At the same time as the file, in another thread, it shares the file system's one commit."""
-        with storage_errors(_WHERE):
-            _flush(self._target.parent)
-
-    def flush_file(self) -> None:
-        """Flush the file, and let go of it."""
-        with storage_errors(_WHERE):
-            try:
-                os.fsync(self._handle)
-            except BaseException:
-                if self._mine:
-                    self._target.unlink(missing_ok=True)
-                raise
-            finally:
-                os.close(self._handle)
+    with storage_errors(_WHERE):
+        if spool is not None:
+            _place(target, data, spool)
+            return
+        with closing(Spool(target.parent.parent)) as made:
+            made.fill(data)
+            _place(target, data, made)
 
 
-def start_writing(handle: int, start: int = 0, length: int = 0) -> None:
-    """Let the disk begin with what was written to a file (Linux does on this advice), so that an fsync has less to wait for."""
-    os.posix_fadvise(handle, start, length, os.POSIX_FADV_DONTNEED)
-
-
-def _open_new(target: Path, data: Buffer, spool: int | None = None) -> int | None:
-    """Write and name; the open file, or None when the same bytes are under the name already."""
-    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.tmp")
-    handle = _create(temporary)
+def _place(target: Path, data: Buffer, spool: Spool) -> None:
+    ours = _name(spool, target, data)
     try:
-        if spool is None:
-            _write_all(handle, data)
-        else:
-            _copy_all(handle, spool, len(data))
-        os.link(temporary, target)
-    except FileExistsError:
-        if _whole(target):
-            os.close(handle)
-            return None
-        os.replace(temporary, target)
+        if ours is _Named.SPOOL:
+            os.fsync(spool.handle)
+        else:  # there already, perhaps not flushed yet; or written anew
+            _flush(target)
+        _flush(target.parent)
     except BaseException:
-        os.close(handle)
+        if ours is not _Named.BEFORE:
+            target.unlink(missing_ok=True)
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
-    return handle
 
 
 def make_folders(parent: Path) -> None:
@@ -265,31 +225,55 @@ def _create(path: Path) -> int:
         return os.open(path, flags, 0o600)
 
 
-def nameless(folder: Path) -> int:
-    """A new file in a folder that has no name yet, so that a kill leaves nothing; for `Placed` to link or copy."""
+class _Named(Enum):
+    """What stands under a name."""
+
+    SPOOL = 1
+    COPY = 2
+    BEFORE = 3
+
+
+def _name(spool: Spool, target: Path, data: Buffer) -> _Named:
+    """Name a nameless file, unless the same bytes are under the name already."""
     try:
-        return os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)
+        _link(spool, target)
+    except FileExistsError:
+        if _whole(target):
+            return _Named.BEFORE
     except OSError:  # not every file system can
-        with tempfile.TemporaryFile(dir=folder) as file:
-            return os.dup(file.fileno())
+        pass
+    else:
+        return _Named.SPOOL
+    _write_named(target, data)
+    return _Named.COPY
 
 
-def _link_spool(target: Path, data: Buffer, spool: int) -> int | None:
-    """Name a nameless file; where the system cannot, copy it."""
-    folder = os.open("/", os.O_RDONLY)
-    try:
-        if not target.parent.is_dir():
+def _link(spool: Spool, target: Path) -> None:
+    source = f"/proc/self/fd/{spool.handle}"
+    for again in (False, True):
+        try:
+            # A folder handle makes Python call linkat, which follows /proc's link; link() would link the link.
+            os.link(source, target, src_dir_fd=spool.handle, follow_symlinks=True)
+        except FileNotFoundError:
+            if again:
+                raise
             target.parent.mkdir(mode=0o700, exist_ok=True)
             _flush(target.parent.parent)
-        # A folder handle makes Python call linkat, which follows /proc's link; link() would link the link.
-        os.link(f"/proc/self/fd/{spool}", target, src_dir_fd=folder, follow_symlinks=True)
-        return os.dup(spool)
-    except FileExistsError:
-        return None if _whole(target) else _open_new(target, data, spool)
-    except OSError:
-        return _open_new(target, data, spool)
+        else:
+            return
+
+
+def _write_named(target: Path, data: Buffer) -> None:
+    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.tmp")
+    handle = _create(temporary)
+    try:
+        write_all(handle, data)
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
 def _whole(path: Path) -> bool:
@@ -332,7 +316,7 @@ def write_durably(files: Mapping[Path, Buffer]) -> None:
                     temporary[target] = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.tmp")
                     handle = _create(temporary[target])
                     try:
-                        _write_all(handle, data)
+                        write_all(handle, data)
                     finally:
                         os.close(handle)
             _fsync([*temporary.values(), *(target for target in files if target not in temporary)])
@@ -351,19 +335,6 @@ def move_durably(source: Path, target: Path) -> None:
         target.parent.mkdir(mode=0o700, exist_ok=True)
         os.replace(source, target)
         _fsync({target.parent, target.parent.parent, source.parent})
-
-
-def _write_all(handle: int, data: Buffer) -> None:
-    with memoryview(data) as view:
-        written = os.write(handle, view)
-        while written < len(view):
-            written += os.write(handle, view[written:])
-
-
-def _copy_all(handle: int, spool: int, size: int) -> None:
-    done = 0
-    while done < size:
-        done += os.sendfile(handle, spool, done, size - done)
 
 
 def _flush(path: Path) -> None:

@@ -13,9 +13,9 @@ crosswalk whence they came. Names are identities, so everything may be repeated.
 What C-STORE brings (`Received`) has its own, quicker order. radloop writes the header of these files and puts in, under a seal,
 whence they came; so the fsynced file alone is enough to make crosswalk entry and row again:
 
-1. the file: temporary name, link to its final name; while the disk writes, its header is read and the crosswalk committed;
-   then fsync of file and folder;
-2. the catalog. Both databases commit once for all associations that wait, without fsync (`synchronous = NORMAL`).
+1. the crosswalk;
+2. the file: written as it comes, without a name; then link to its name, fsync of file and folder;
+3. the catalog. Both databases commit once for all associations that wait, without fsync (`synchronous = NORMAL`).
 
 Then Success is answered: every reader sees the instance. A kill cannot take a commit, since it is in the system's memory. A power
 cut may take the last commits of either database, never a file: `Landing.recover`, which runs whenever a project's landing is
@@ -48,7 +48,6 @@ from radloop.catalog.schema import (
 )
 from radloop.catalog.store import Catalog
 from radloop.dicom.arrival import Arrival as Arrival  # this room's words
-from radloop.dicom.arrival import Aside as Aside
 from radloop.dicom.arrival import Mismatch as Mismatch
 from radloop.dicom.arrival import Outcome as Outcome
 from radloop.dicom.arrival import OutcomeKind as OutcomeKind
@@ -57,9 +56,10 @@ from radloop.dicom.arrival import arrival_from, check_announced, is_announced
 from radloop.dicom.folder import FolderReport, SiteOf, receive_folder
 from radloop.dicom.header import Header, read_header
 from radloop.dicom.identity import Crosswalk, Entry, Identity, Row
-from radloop.dicom.landed import Placed, identity, make_folders, write_durably
+from radloop.dicom.landed import identity, make_folders, place, write_durably
 from radloop.dicom.recorder import Together
 from radloop.dicom.same_pixels import same_pixels
+from radloop.dicom.spool import Spool
 from radloop.dicom.uids import Pseudonymiser, normalise
 from radloop.errors import DataError, DicomError
 
@@ -150,12 +150,8 @@ class Landing:
         self._keep(fresh)
         return [item.outcome for item in items if item.outcome is not None]
 
-    def receive_one(self, arrival: Received, aside: Aside | None = None) -> Outcome:
+    def receive_one(self, arrival: Received) -> Outcome:
         """Take what C-STORE brought: durable and in the catalog when this returns. See this module's docstring.
-
-        Args:
-            arrival: the instance.
-            aside: reads the header while this thread flushes the file.
 
         Raises:
             StorageFull: no space left; nothing was accepted.
@@ -165,42 +161,25 @@ class Landing:
             item = _Item(arrival, arrival.sha256)
             if not self._catalog.unseen(item.sha256, self._pseudonymiser.key_id):
                 self._pass_over_known([item], again=False)
-            if item.outcome is None and (not is_announced(arrival) or not self._is_new(item, aside)):
+            if item.outcome is None and (not is_announced(arrival) or not self._is_new(item, arrival.spool)):
                 if item.row is None and item.refusal is None:
                     self._read(item)
                 self._keep([item])
-                if item.row is None:
-                    self.landed(item.sha256).unlink(missing_ok=True)
             assert item.outcome is not None
             return item.outcome
 
-    def _is_new(self, item: _Item, aside: Aside | None) -> bool:
-        """Write, and read the header meanwhile; record if it is new. False: all of it must be kept the careful way."""
-        arrival = item.arrival
-        assert isinstance(arrival, Received)
-        placed = Placed(self.landed(item.sha256), arrival.data, arrival.spool)
-        if aside is None:
-            try:
-                self._name(item)
-            finally:
-                placed.flush()
-        else:
-            aside(self._name, item)
-            aside(placed.flush_name)
-            try:
-                placed.flush_file()
-            finally:
-                aside.wait()
-        if item.row is None or self._record_together(item.row) is not Recorded.NEW:
+    def _is_new(self, item: _Item, spool: Spool | None) -> bool:
+        """Keep it the quick way if it is new. False: all of it must be kept the careful way."""
+        self._read(item)
+        if item.row is None:
+            return False
+        if rows := self._crosswalk.encrypted(_identities(item)):
+            self._put_together(rows)
+        place(self.landed(item.sha256), item.arrival.data, spool)
+        if self._record_together(item.row) is not Recorded.NEW:
             return False
         item.outcome = Outcome(OutcomeKind.NEW, item.sop_uid, None, item.sha256)
         return True
-
-    def _name(self, item: _Item) -> None:
-        """Read the header, and keep what its pseudonyms stand for."""
-        self._read(item)
-        if rows := self._crosswalk.encrypted(_identities(item)):
-            self._put_together(rows)
 
     def _put(self, groups: list[list[Row]]) -> list[int]:
         self._crosswalk.put_rows([row for rows in groups for row in rows], durable=False)

@@ -15,7 +15,6 @@ A data set that lacks a UID, is cut or cannot be read is no mismatch: it is kept
 from __future__ import annotations
 
 import logging
-import os
 import socketserver
 import ssl
 import threading
@@ -43,7 +42,6 @@ OUT_OF_RESOURCES = 0xA700
 NOT_AS_ANNOUNCED = 0xA900
 CANNOT_UNDERSTAND = 0xC000
 _POLL_S = 0.1
-_CORES = os.cpu_count() or 1
 _REJECTED = {(1, 1, 3): "calling AE", (1, 1, 7): "called AE", (2, 3, 2): "limit"}
 
 
@@ -193,7 +191,6 @@ class _Storage:
             site=self._site,
             landing=self._landing,
             hold=self._hold,
-            parallel=self._tally.open < _CORES,
         )
 
     def finish(self, command: Command, incoming: Incoming | None) -> tuple[int, str]:
@@ -208,7 +205,7 @@ class _Storage:
         try:
             if incoming is None:
                 return self._failed("a command without instance UIDs, or without a data set", CANNOT_UNDERSTAND)
-            return self._landing.receive_one(incoming.complete(), incoming.aside).kind, SUCCESS, ""
+            return self._landing.receive_one(incoming.complete()).kind, SUCCESS, ""
         except StorageFull:
             return self._failed("no space left", OUT_OF_RESOURCES)
         except Mismatch as error:
@@ -228,5 +225,4 @@ class _Storage:
 
     def ended(self, *, released: bool) -> None:
         """The association is over."""
-        self._hold.aside.close()
         self._tally.closed(self._peer, released=released)

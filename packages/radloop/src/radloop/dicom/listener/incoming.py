@@ -1,88 +1,38 @@
-"""One instance on its way in: written and hashed as its fragments arrive.
+"""One instance on its way in: hashed, and written, as its fragments arrive.
 
-Its bytes go to a file that has no name yet; as long as they are few they stay in memory as well, where its header is read.
-Where a core is free, a second thread hashes meanwhile.
+Its bytes go past the system's cache to a file that has no name yet, in large pieces, straight from the memory that they were
+received into: nobody will read them soon, and cached pages would cost more than all else that is done here. As long as they are
+few they stay in that memory, where the header is read.
 """
 
 from __future__ import annotations
 
 import mmap
-import os
-import threading
-from collections.abc import Callable
 from contextlib import suppress
-from queue import SimpleQueue
-from typing import Any
 
 from radloop.catalog.database import StorageFull, storage_errors
 from radloop.dicom import landed
 from radloop.dicom.landing import Landing, Received
 from radloop.dicom.listener.messages import Command
+from radloop.dicom.spool import BLOCK_BYTES, Spool
 
 HELD_BYTES = 8 << 20
 """What one association holds in memory of an instance; of a larger one, the file is mapped."""
-_FIRST_BYTES = 1 << 20
-_WRITE_OUT_BYTES = 8 << 20
-
-
-class Aside:
-    """One thread that does things aside, in order; `wait` returns when all are done, and raises what one of them raised."""
-
-    def __init__(self) -> None:
-        self._tasks: SimpleQueue[tuple[Callable[..., object], tuple[Any, ...]] | None] = SimpleQueue()
-        self._done: SimpleQueue[BaseException | None] = SimpleQueue()
-        self._pending = 0
-        self._thread: threading.Thread | None = None
-
-    def __call__(self, task: Callable[..., object], *arguments: object) -> None:
-        """Do this aside."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="aside", daemon=True)
-            self._thread.start()
-        self._pending += 1
-        self._tasks.put((task, arguments))
-
-    def wait(self) -> None:
-        """Return when nothing is left to do."""
-        errors = []
-        while self._pending:
-            errors.append(self._done.get())
-            self._pending -= 1
-        for error in errors:
-            if error is not None:
-                raise error
-
-    def close(self) -> None:
-        """End the thread when it has done all."""
-        if self._thread is not None:
-            self._tasks.put(None)
-
-    def _run(self) -> None:
-        while (task := self._tasks.get()) is not None:
-            try:
-                task[0](*task[1])
-            except BaseException as error:  # noqa: BLE001 - `wait` raises it
-                self._done.put(error)
-            else:
-                self._done.put(None)
-            del task
+_PIECE_BYTES = 1 << 20
+_HASHED_BYTES = 64 << 10
 
 
 class Hold:
-    """The memory of one association, used again for each instance: it grows to what is needed, up to `HELD_BYTES`."""
+    """The memory of one association, used again for each instance. Pages that no instance has needed yet take no memory."""
 
     def __init__(self) -> None:
-        self.bytes = bytearray(_FIRST_BYTES)
-        self.aside = Aside()
+        self.bytes = mmap.mmap(-1, HELD_BYTES)
 
 
 class Incoming:
     """Give it room to receive into (`room`), say how much was received (`took`), then `complete` and `close` it.
 
     Where the disk is full or fails, it takes and drops the rest of the message: the peer gets its answer when all of it has come.
-
-    Args:
-        parallel: hash in a thread aside; worth it where a core would else be idle.
     """
 
     def __init__(
@@ -94,14 +44,12 @@ class Incoming:
         site: str,
         landing: Landing,
         hold: Hold,
-        parallel: bool,
     ) -> None:
         self.command, self.sender, self.site = command, sender, site
         self.failure: Exception | None = None
         self.size = 0
         """Bytes of the data set so far."""
-        self.aside = hold.aside if parallel else None
-        self._landing, self._hold = landing, hold
+        self._landing = landing
         self._head = landed.header(
             sop_class_uid=command.sop_class_uid,
             sop_uid=command.sop_uid,
@@ -113,43 +61,27 @@ class Incoming:
         self._view = memoryview(hold.bytes)
         self._at = len(self._head)  # where in the view the next bytes go
         self._view[: self._at] = self._head
-        self._held = True
+        self._start = 0  # where in the file the view begins
+        self._written = 0  # of the view
+        self._hashed = self._at
         self._map: mmap.mmap | None = None
-        self._file: int | None = None
-        try:
-            self._file = landed.nameless(landing.landing)
-        except OSError as error:
-            self.failure = _told(error)
-        self._write(self._view[: self._at])
+        self._spool: Spool | None = None
 
     def room(self, wanted: int) -> memoryview:
         """Where the next bytes are to be written: up to `wanted`, at least one."""
-        if self._held and self._at + wanted > len(self._view):
-            if self._at + wanted <= HELD_BYTES:
-                self._grow(self._at + wanted)
-            else:
-                self._let_go()
+        if self._at == HELD_BYTES:
+            self._write(HELD_BYTES)
+            self._start, self._at, self._written, self._hashed = self._start + HELD_BYTES, 0, 0, 0
         return self._view[self._at : self._at + wanted]
 
     def took(self, count: int) -> None:
         """So many bytes were written into `room`."""
-        new = self._view[self._at : self._at + count]
         self.size += count
-        if self.failure is not None:
-            return
-        self._write(new)
-        if self._held and self.aside is not None:
-            self.aside(self._go_ahead, new)
-        else:
-            self._digest.update(new)
-        if self._held:
-            self._at += count
-
-    def _go_ahead(self, new: memoryview) -> None:
-        """Aside: the disk begins, and the digest goes on."""
-        if self._file is not None:
-            landed.start_writing(self._file)
-        self._digest.update(new)
+        self._at += count
+        if self._at - self._hashed >= _HASHED_BYTES:
+            self._hash()
+        if self._at - self._written >= _PIECE_BYTES:
+            self._write(self._at - self._at % BLOCK_BYTES)
 
     def complete(self) -> Received:
         """The whole instance, its header sealed. Valid until `close`.
@@ -158,20 +90,20 @@ class Incoming:
             StorageFull: there was no room for it.
             OSError: the disk failed.
         """
-        if self.aside is not None:
-            self.aside.wait()
-        if self.failure is not None:
-            raise self.failure
-        assert self._file is not None
+        self._hash()
         sha256 = self._digest.hexdigest()
         where, stamp = landed.seal_at(self._head), self._landing.stamp(sha256, self.site, self.sender)
-        with storage_errors("landing"):
-            os.pwrite(self._file, stamp, where.start)
-        if self._held:
+        if self._start == 0:
             self._view[where] = stamp
+        self._write(self._at, last=True)
+        if self.failure is not None:
+            raise self.failure
+        assert self._spool is not None
+        if self._start == 0:
             data = self._view[: self._at]
         else:
-            self._map = mmap.mmap(self._file, 0, access=mmap.ACCESS_READ)
+            self._map = mmap.mmap(self._spool.handle, 0)
+            self._map[where] = stamp
             data = memoryview(self._map)
         return Received(
             data=data,
@@ -180,46 +112,38 @@ class Incoming:
             sha256=sha256,
             sop_class_uid=self.command.sop_class_uid,
             sop_uid=self.command.sop_uid,
-            spool=self._file,
+            spool=self._spool,
         )
 
     def close(self) -> None:
         """Forget it; what was not kept is gone."""
-        if self.aside is not None:
-            with suppress(BaseException):
-                self.aside.wait()
         self._view.release()
         if self._map is not None:
             with suppress(BufferError):  # somebody still looks at it; it goes with the last view
                 self._map.close()
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        if self._spool is not None:
+            self._spool.close()
 
-    def _grow(self, needed: int) -> None:
-        larger = bytearray(min(max(needed, 2 * len(self._hold.bytes)), HELD_BYTES))
-        larger[: self._at] = self._view[: self._at]
-        self._view.release()
-        self._hold.bytes, self._view = larger, memoryview(larger)
+    def _hash(self) -> None:
+        self._digest.update(self._view[self._hashed : self._at])
+        self._hashed = self._at
 
-    def _let_go(self) -> None:
-        """Too large to be held: from here on it is in the file only."""
-        if self.aside is not None:
-            self.aside.wait()
-        self._held, self._at = False, 0
-
-    def _write(self, data: memoryview) -> None:
-        if self._file is None:
+    def _write(self, upto: int, *, last: bool = False) -> None:
+        """Write the view up to here. The first block comes twice where its seal was not known yet."""
+        if self.failure is not None:
             return
-        left = data
+        self._hash()
         try:
-            while left:
-                left = left[os.write(self._file, left) :]
+            if self._spool is None:
+                self._spool = Spool(self._landing.landing)
+            if last and self._start == 0 and self._written:
+                self._spool.write(self._view, 0, BLOCK_BYTES, 0)
+            self._spool.write(self._view, self._written, upto, self._start + self._written)
+            self._written = upto
         except OSError as error:
             self.failure = _told(error)
-            os.ftruncate(self._file, 0)
-        if self.size // _WRITE_OUT_BYTES > (self.size - len(data)) // _WRITE_OUT_BYTES:
-            landed.start_writing(self._file)  # not all of it at the end
+            if self._spool is not None:
+                self._spool.empty()
 
 
 def _told(error: OSError) -> Exception:

@@ -13,7 +13,7 @@ and `RequestHandler._create_association`. tests/unit/dicom/test_listener.py hold
 from __future__ import annotations
 
 import logging
-import select
+import queue
 import socket
 import ssl
 import threading
@@ -28,6 +28,7 @@ from pynetdicom.pdu_primitives import A_ABORT, A_P_ABORT
 from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
 
 from radloop.dicom.listener.incoming import Incoming
+from radloop.dicom.listener.inlet import SLICE_S, Inlet, Wake
 from radloop.dicom.listener.messages import (
     C_STORE_RQ,
     COMMAND,
@@ -46,11 +47,10 @@ LONGEST_PDU = 1 << 18
 _LONGEST_OTHER_PDU = 1 << 20
 _LONGEST_COMMAND = 1 << 16
 _P_DATA, _RELEASE_RQ = 4, 5
+_HEADS = 12  # of a PDU and of the fragment in it
 _ESTABLISHED = "Sta6"
 _CLOSED, _INVALID = "Evt17", "Evt19"
-_LOOK_EVERY_S = 0.05  # for what another thread wants to send
-_SLICE_S = 0.5
-_EAGER_S = 1.0
+_LOOK_EVERY_S = 0.05  # whether another thread ends the association
 _SPARE_CONNECTIONS = 64
 
 
@@ -89,6 +89,18 @@ class _Parking(threading.Event):
         return super().wait(_LOOK_EVERY_S if timeout is None else timeout)
 
 
+class _Waking(queue.Queue[Any]):
+    """What another thread wants to send: it wakes who waits for the peer."""
+
+    def __init__(self, wake: Wake) -> None:
+        super().__init__()
+        self._wake = wake
+
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        super().put(item, block, timeout)
+        self._wake()
+
+
 class UpperLayer(DULServiceProvider):
     """One association's provider thread.
 
@@ -104,6 +116,9 @@ class UpperLayer(DULServiceProvider):
         self._idle_timer.timeout, self.artim_timer.timeout = assoc.network_timeout, assoc.acse_timeout
         self._serve = serve
         self._connection = self._socket()
+        self._wake = Wake()
+        self.to_provider_queue = _Waking(self._wake)
+        self._inlet = Inlet(self._connection, self._wake)
         self._service: Service | None = None
         self._command, self._context = bytearray(), 0
         self._syntaxes: dict[int, str] = {}
@@ -111,7 +126,6 @@ class UpperLayer(DULServiceProvider):
         self._incoming: Incoming | None = None
         self._foreign = False
         self._broken = self._released = False
-        self._eager_until = 0.0
         self._parking = _Parking()
         self._parking.set()
         assoc._reactor_checkpoint = self._parking
@@ -125,6 +139,7 @@ class UpperLayer(DULServiceProvider):
             self._parking.set()
             self._drop()
             self._connection.close()  # pynetdicom leaves it open when the peer has reset it
+            self._wake.close()
             if self._service is not None:
                 self._service.ended(released=self._released)
 
@@ -207,29 +222,25 @@ class UpperLayer(DULServiceProvider):
         return False
 
     def _readable(self) -> bool:
-        if self._announced is not None:
-            return True  # within a message: reading waits
-        connection = self._socket()
-        if isinstance(connection, ssl.SSLSocket) and connection.pending():
-            return True
-        wait_s = 0.0 if time.monotonic() < self._eager_until else _LOOK_EVERY_S
-        return bool(select.select([connection], [], [], wait_s)[0])
+        """Whether to read: within a message reading waits, between messages it also looks for what is to be sent."""
+        return self._announced is not None or self._inlet.readable(_LOOK_EVERY_S)
 
-    def _fill(self, view: memoryview) -> None:
-        """Receive exactly so many bytes."""
-        connection, done, wanted = self._socket(), 0, len(view)
-        last = time.monotonic()
+    def _fill(self, view: memoryview, after: int = 0) -> None:
+        """Receive exactly so many bytes. `after`: so many more are sure to follow."""
+        self._socket()
+        # Only who is established may be read ahead: what comes before and after is pynetdicom's.
+        established = self.state_machine.current_state == _ESTABLISHED
+        done, wanted, last = 0, len(view), time.monotonic()
         while done < wanted:
-            try:
-                count = connection.recv_into(view[done:])
-            except TimeoutError:
+            count = self._inlet.read(view[done:], ahead=established, after=after)
+            if count is None:
                 self._may_wait(last)
-                continue
-            if not count:
+            elif not count:
                 raise _PeerGone
-            done += count
-            if done < wanted and self.state_machine.current_state == _ESTABLISHED:
-                last = time.monotonic()
+            else:
+                done += count
+                if established and done < wanted:
+                    last = time.monotonic()
 
     def _may_wait(self, since: float) -> None:
         aborting = any(isinstance(waits, A_ABORT | A_P_ABORT) for waits in list(self.to_provider_queue.queue))
@@ -255,7 +266,6 @@ class UpperLayer(DULServiceProvider):
             decoded, event = self._decode_pdu(pdu)
         except Exception as error:
             raise Malformed("a PDU that cannot be decoded") from error
-        self._eager_until = time.monotonic() + _EAGER_S
         self._parking.set()
         self.event_queue.put(event)
         self._recv_pdu.put(decoded)
@@ -327,16 +337,16 @@ class UpperLayer(DULServiceProvider):
         if self._incoming is None:
             self._discard(size)
         else:
-            self._receive(self._incoming, size)
+            self._receive(self._incoming, size, after=0 if last else _HEADS)
         if last:
             command, self._announced = self._announced, None
             self._answer(command)
         return False
 
-    def _receive(self, incoming: Incoming, left: int) -> None:
+    def _receive(self, incoming: Incoming, left: int, after: int) -> None:
         while left:
             room = incoming.room(left)
-            self._fill(room)
+            self._fill(room, after if len(room) == left else 0)
             incoming.took(len(room))
             left -= len(room)
 
@@ -389,7 +399,7 @@ class Handler(RequestHandler):
                 self.server.refused("TLS", type(error).__name__)
                 self.server.shutdown_request(self.request)
                 return
-        self.request.settimeout(_SLICE_S)
+        self.request.settimeout(SLICE_S)
         super().handle()
 
     def _create_association(self) -> Association:
