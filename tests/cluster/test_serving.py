@@ -110,6 +110,11 @@ class Served:
         with self.client() as session:
             return Counter(version_of(session.post(INFER, content=QUESTION, headers=headers)) for _ in range(n))
 
+    def logged(self) -> int:
+        """Rows of the prediction log, once all are written."""
+        time.sleep(1)
+        return sum(1 for _ in predictions.read(self.home / "predictions", status="ok"))
+
     def pods(self, version: str) -> list[str]:
         service = manifests.service_name(self.both.champion if version == "1" else self.both.challenger, self.place)  # type: ignore[arg-type]
         told = kubectl(
@@ -187,8 +192,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             *("-n", namespace, "create", "secret", "generic", "radloop"),
             *(f"--from-file={home}/radloop.key", f"--from-file={home}/serve.token"),
         )
-        allow(namespace, "radloop-release")
         made = Served(home, namespace, kubeconfig)
+        with pytest.raises(ServingError, match="cannot patch resource"):
+            made.route(made.single)
+        allow(namespace, "radloop-release")
         made.configure(HOST)
         with open_catalog(home) as catalog:
             catalog.add_dataset("d" * 64, path="datasets/d.parquet", members=[], actor="publish")
@@ -289,12 +296,14 @@ def test_routes_change_under_load_without_a_failure(served: Served) -> None:
 def test_a_pod_that_is_taken_away_is_not_felt(served: Served) -> None:
     """A node that is drained for an update ends its pods in order: they finish, others have taken over."""
     served.route(served.single, replicas=2)
+    logged = served.logged()
     with Load(served) as load:
         victim = served.pods("1")[0].split()[0]
         kubectl("-n", served.namespace, "delete", "pod", victim)
         load.more(300)
     print(f"a pod deleted: {dict(load.told)}")
     assert set(load.told) == {"1"}
+    assert served.logged() - logged == load.told.total(), "the pod's last predictions are not in the log"
 
 
 def test_a_replica_that_is_killed_is_left_out(served: Served) -> None:
@@ -339,19 +348,34 @@ def kill_predictor_in(pod_uid: str) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+class Following:
+    """`radloop serve`, which follows the project's releases onto the cluster."""
+
+    def __init__(self, served: Served, folder: Path) -> None:
+        self._served, self._ready, self._said = served, folder / "ready.json", folder / "serve.err"
+        self.start()
+
+    def start(self) -> None:
+        self._ready.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "radloop.cli", "serve", "--ready-file", str(self._ready)]
+        with self._said.open("ab") as said:
+            self._process = subprocess.Popen([*command, "--project", str(self._served.home)], stdout=said, stderr=said)
+        wait_until(lambda: self._ready.exists() or self._process.poll() is not None)
+        assert self._ready.exists(), self._said.read_text()
+
+    def end(self, number: int) -> None:
+        self._process.send_signal(number)
+        assert self._process.wait(20) == (0 if number == signal.SIGTERM else -number), self._said.read_text()
+
+
 @pytest.fixture
-def following(served: Served, tmp_path: Path) -> Iterator[Served]:
-    """Return the project while `radloop serve` follows its releases onto the cluster."""
+def following(served: Served, tmp_path: Path) -> Iterator[Following]:
+    """Return the process that follows, with the role that we publish for it."""
     allow(served.namespace, "radloop-serve")
     served.configure(served.address)
-    ready, said = tmp_path / "ready.json", tmp_path / "serve.err"
-    command = [sys.executable, "-m", "radloop.cli", "serve", "--ready-file", str(ready), "--project", str(served.home)]
-    with said.open("wb") as err, subprocess.Popen(command, stdout=err, stderr=err) as process:
-        wait_until(lambda: ready.exists() or process.poll() is not None)
-        assert ready.exists(), said.read_text()
-        yield served
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0, said.read_text()
+    made = Following(served, tmp_path)
+    yield made
+    made.end(signal.SIGTERM)
 
 
 def wait_until(true: Callable[[], Any], timeout_s: float = 60.0) -> None:
@@ -361,9 +385,9 @@ def wait_until(true: Callable[[], Any], timeout_s: float = 60.0) -> None:
         time.sleep(0.1)
 
 
-def test_a_release_is_driven_as_on_one_machine(following: Served) -> None:
+def test_a_release_is_driven_as_on_one_machine(served: Served, following: Following) -> None:
     """The stages of `radloop run release` on a cluster: smoke, shadow, judge, canary, promotion; harm is taken out."""
-    served, home, began, times = following, following.home, time.monotonic(), list[tuple[str, float]]()
+    home, began, times = served.home, time.monotonic(), list[tuple[str, float]]()
     files = [packages.dicom(n, patient=f"patient {n}") for n in range(60)]
     subjects = [str(client.subject(file, "A")) for file in files]
     kind = {"content-type": "application/dicom", "x-radloop-site": "A"}
@@ -394,6 +418,9 @@ def test_a_release_is_driven_as_on_one_machine(following: Served) -> None:
         assert verdict(better) == "operationally_safe"
         assert set(load.told) == {"1"}
         for percent in rollout.steps_left(home, better):
+            if percent == 50:  # a crash goes on where it was
+                following.end(signal.SIGKILL)
+                following.start()
             deploy(rollout.canary(home, better, percent))
             share = Counter(
                 served.ask(1, **{SUBJECT_HEADER: str(n)}).most_common()[0][0] for n in range(0, 10_000, 250)

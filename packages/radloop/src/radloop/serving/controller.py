@@ -81,7 +81,10 @@ class Controller:
             ServingError: another process serves this home.
         """
         with supervising(self.home):
-            (self.home / "predictions").mkdir(exist_ok=True, mode=0o700)
+            log = self.home / "predictions"
+            log.mkdir(exist_ok=True, mode=0o700)
+            if os.geteuid() == 0:
+                os.chown(log, self._place.user, self._place.group)
             try:
                 while not self._stopping.is_set():
                     self._tick()
