@@ -11,6 +11,7 @@ import torch
 
 from radloop.artifact import commit
 from radloop.begin import pipeline_of
+from radloop.catalog.lineage import learnt_from
 from radloop.catalog.schema import Member
 from radloop.datasets import manifest
 from radloop.engines import local
@@ -99,7 +100,9 @@ def test_a_network_from_elsewhere_goes_round_the_loop(project: Project) -> None:
     assert tracking.alias("disc", "challenger") == version(result) == 1
     assert "exported_program" in str(tracking._client.get_run(_run(project)).data.params)
     with open_catalog(project.home) as catalog:
-        assert catalog.model(packaged.identity.model_digest).version == "1"
+        traced = catalog.trace(packaged.identity.model_digest)
+        parts = {member.part for member in learnt_from(traced.model, traced.members)}
+    assert traced.model.version == "1" and parts == {"validation"}  # its own training patients are nobody's here
     # Nothing changed: nothing is made again. Another network in the file: another model, another version.
     again = project.develop()
     assert again.output("package.package").digest == packed.digest and version(again) == 1

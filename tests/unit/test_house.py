@@ -21,7 +21,19 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "packages/radloop/src"
 
-HEAVY = {"kfp", "matplotlib", "mlflow", "monai", "onnx", "onnxruntime", "pynetdicom", "sklearn", "scipy", "torch"}
+HEAVY = {
+    "kfp",
+    "matplotlib",
+    "mlflow",
+    "monai",
+    "onnx",
+    "onnxruntime",
+    "pynetdicom",
+    "sklearn",
+    "scipy",
+    "tensorflow",
+    "torch",
+}
 MLOPS = {"airflow", "distributed", "kfp", "kserve", "kubernetes", "mlflow", "pyspark"}
 TABLES = {"pandas", "pyarrow", "sqlalchemy", "alembic"}
 

@@ -138,6 +138,18 @@ def test_trace_for_people(inside: Run, predicted: None) -> None:
         assert text in ran.out
 
 
+def test_trace_of_a_model_from_elsewhere(inside: Run, project: Path, predicted: None, versions: list[str]) -> None:
+    """To name patients as its teachers who were not would be false evidence; that nobody knows them must be said."""
+    with open_catalog(project) as catalog:
+        catalog.add_model(
+            SERVED, dataset_digest=versions[1], preprocessing_digest="3c" * 32, info={"trained": "elsewhere"}
+        )
+    told = inside("trace", "00000001", "--json").json
+    assert told["training"]["trained"] == "elsewhere"
+    assert {row["part"] for row in told["instances"]["listed"]} == {"validation"}
+    assert "trained elsewhere, on what is not known" in inside("trace", "00000001").out
+
+
 @pytest.mark.parametrize(
     "wanted,said",
     [

@@ -123,6 +123,7 @@ def evaluation(auc: float, champion: str | None = None) -> dict[str, Any]:
             "champion": champion, "overall": compared, "sites": [new, few], "excluded_patients": 0, "reason": "",
         },
         "examples": [],
+        "trained_elsewhere": False,
     }  # fmt: skip
 
 

@@ -16,6 +16,9 @@ from radloop.errors import DataError
 CROSSING = "linked_patients_cross"
 """Flag of a dataset version in which one person stands in several parts."""
 
+ELSEWHERE = "elsewhere"
+"""A model's `info["trained"]`, where radloop did not train it."""
+
 T = TypeVar("T")
 _CHUNK = 500
 
@@ -245,6 +248,15 @@ def _flag_linked_meanwhile(connection: Connection, digest: str) -> None:
     crossing = {uid for uids in found.values() if len(set(uids.values())) > 1 for uid in uids}
     if crossing:
         _flag(connection, schema.datasets, digest, CROSSING, crossing)
+
+
+def learnt_from(model: Model, members: Iterable[Member]) -> list[Member]:
+    """Those of its dataset's members that shaped a model: the train and validation parts.
+
+    Of a model that was trained elsewhere the validation part alone: it set calibration and threshold.
+    """
+    parts = ("validation",) if model.info.get("trained") == ELSEWHERE else ("train", "validation")
+    return [member for member in members if member.part in parts]
 
 
 def persons(connection: Connection) -> dict[str, set[str]]:

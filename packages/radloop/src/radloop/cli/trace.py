@@ -1,4 +1,4 @@
-"""`radloop trace`: from one prediction back to the images that trained the model."""
+"""`radloop trace`: from one prediction back to the images that trained the model, or calibrated it if it came from elsewhere."""
 
 from __future__ import annotations
 
@@ -63,13 +63,14 @@ def trace_prediction(project: Path, catalog: Catalog, prediction: str, *, limit:
     """
     import msgspec
 
+    from radloop.catalog.lineage import learnt_from
     from radloop.stages.approvals import shown
 
     row = find_prediction(project / "predictions", prediction)
     model = find_model(catalog, row["model_digest"])
     dataset = catalog.dataset(model.dataset_digest)
     members = catalog.members(dataset.digest)
-    learnt = [member for member in members if member.part != "test"]
+    learnt = learnt_from(model, members)
     listed = members if limit is None else learnt[:limit]
     subjects = {model.digest, model.info.get("package_digest"), dataset.digest}
     return {
@@ -83,7 +84,11 @@ def trace_prediction(project: Path, catalog: Catalog, prediction: str, *, limit:
             "registered_at": model.created_at,
             "flags": model.flags,
         },
-        "training": {"run": model.info.get("run_id"), "evaluation": model.info.get("evaluation")},
+        "training": {
+            "run": model.info.get("run_id"),
+            "evaluation": model.info.get("evaluation"),
+            "trained": model.info.get("trained", "here"),
+        },
         "dataset": {
             "number": dataset.number,
             "digest": dataset.digest,
@@ -173,21 +178,21 @@ def _show(told: dict[str, Any]) -> None:
             ("flags", flagged),
         ],
     )
+    elsewhere = told["training"]["trained"] != "here"
+    did = "was calibrated on" if elsewhere else "learnt from"
     output.print_pairs(
-        "trained on dataset version",
+        "trained elsewhere, on what is not known; calibrated on dataset version"
+        if elsewhere
+        else "trained on dataset version",
         [
             ("number", dataset["number"]),
             ("digest", dataset["digest"]),
             ("manifest", dataset["path"]),
-            ("instances", f"{instances['count']:,}, of which it learnt from {instances['learnt_from']:,}"),
+            ("instances", f"{instances['count']:,}, of which it {did} {instances['learnt_from']:,}"),
         ],
     )
     listed = instances["listed"]
-    title = (
-        "Instances"
-        if len(listed) == instances["count"]
-        else f"The first {len(listed)} it learnt from (--instances: all)"
-    )
+    title = "Instances" if len(listed) == instances["count"] else f"The first {len(listed)} it {did} (--instances: all)"
     output.print_table(
         title,
         ["instance", "revision", "patient", "part"],

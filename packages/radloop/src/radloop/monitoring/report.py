@@ -189,7 +189,10 @@ class LabelRequestRow(TypedDict, total=False):
 
 
 class TraceData(TypedDict, total=False):
-    """One prediction, back to the instances that trained its model; `count` is how many those are in all."""
+    """One prediction, back to the instances that trained its model; `count` is how many those are in all.
+
+    Of a model that was trained elsewhere, those that set its calibration and threshold.
+    """
 
     prediction: dict[str, Any]
     model: dict[str, Any]
@@ -197,6 +200,7 @@ class TraceData(TypedDict, total=False):
     dataset: dict[str, Any]
     instances: list[str]
     count: int
+    trained_elsewhere: bool
 
 
 class Timing(TypedDict, total=False):

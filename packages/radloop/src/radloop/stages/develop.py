@@ -245,7 +245,7 @@ def register(
             dataset_digest=digest,
             preprocessing_digest=preprocessing_of(tensors).digest,
             version=version,
-            info={**places, "run_id": run_id, "package_digest": package.digest},
+            info={**places, "run_id": run_id, "package_digest": package.digest, **_trained(model)},
         )
         catalog.ledger.append(
             "training",
@@ -305,6 +305,14 @@ def _track(
     version = tracking.register(package.path, name=told["task"], run_id=run_id)
     tracking.set_alias(told["task"], "challenger", version)
     return str(version), run_id
+
+
+def _trained(model: In[Model]) -> dict[str, str]:
+    """What the catalog says of a model that radloop did not train: `radloop trace` must not name our patients as its teachers."""
+    from radloop.catalog.lineage import ELSEWHERE
+    from radloop.learning import runtimes
+
+    return {} if runtimes.origin(model.path) is None else {"trained": ELSEWHERE}
 
 
 def _params(model: In[Model], config: Any) -> dict[str, Any]:

@@ -313,6 +313,7 @@ def _said(row: Any) -> dict[str, Any]:
 
 def _trace(home: Path, catalog: Catalog) -> dict[str, Any]:
     """The latest served prediction of an image, down to the instances its model learnt from."""
+    from radloop.catalog.lineage import ELSEWHERE, learnt_from
     from radloop.errors import DataError
     from radloop.serving import predictions
 
@@ -324,7 +325,7 @@ def _trace(home: Path, catalog: Catalog) -> dict[str, Any]:
         traced = catalog.trace(row["model_digest"])
     except DataError:  # served from a package of another project
         return {}
-    learnt = [member.sop_uid for member in traced.members if member.part != "test"]
+    learnt = [member.sop_uid for member in learnt_from(traced.model, traced.members)]
     shown = ("prediction_id", "at", "sop_uid", "site", "probability", "decision")
     return {
         "prediction": {name: row[name] for name in shown},  # type: ignore[literal-required]
@@ -333,4 +334,5 @@ def _trace(home: Path, catalog: Catalog) -> dict[str, Any]:
         "dataset": {"number": traced.dataset.number, "digest": traced.dataset.digest},
         "instances": learnt[:_TRACED],
         "count": len(learnt),
+        "trained_elsewhere": traced.model.info.get("trained") == ELSEWHERE,
     }
