@@ -65,6 +65,15 @@ def test_a_typo_in_a_room_s_section(inside: Run, project: Path) -> None:
     assert any("did you mean 'auc_lower'" in check["next_step"] for check in ran.json)
 
 
+def test_a_network_that_was_brought(inside: Run, project: Path) -> None:
+    """Hours of preparation must not end at a wrong path, or at a framework that is not installed."""
+    configure(project, '[train]\nnetwork = "models/vendor.onnx"')
+    assert verdicts(inside("doctor", "--json"))["network"][0] == "fail"
+    (project / "models").mkdir()
+    (project / "models/vendor.onnx").write_bytes(b"onnx")
+    assert verdicts(inside("doctor", "--json"))["network"] == ("ok", "models/vendor.onnx, onnx, for onnxruntime")
+
+
 def test_a_landing_folder_that_others_may_enter(inside: Run, project: Path) -> None:
     """Identified images lie there."""
     (project / "landing").mkdir(mode=0o755)

@@ -79,9 +79,11 @@ def examine(project: Path, *, every: bool = False, progress: output.Progress = l
         ("listener", lambda: _listener(project, settings)),
         ("folders", lambda: _folders(project)),
         ("environments", lambda: _environments(settings)),
+        ("network", lambda: _network(project, settings)),
         ("catalog", lambda: _catalog(project, settings, every=every)),
         ("artifacts", lambda: _artifacts(project, every=every)),
         ("ports", lambda: _ports(project, settings)),
+        ("pools", lambda: _pools(project, settings)),
         ("Envoy", _envoy),
         ("MLflow", lambda: _mlflow(project, settings)),
     ]
@@ -195,6 +197,23 @@ def _environments(settings: Settings) -> Iterator[Check]:
         yield Check("environment tfdv", OK, f"TFDV {told['tensorflow-data-validation']}")
 
 
+def _network(project: Path, settings: Settings) -> Iterator[Check]:
+    """The network that was brought, and what runs it."""
+    from importlib.util import find_spec
+
+    if not (path := settings.train.get("network")):
+        return
+    from radloop.learning import brought, runtimes
+    from radloop.learning.runtimes.signature import EXTRAS
+    from radloop.stages.develop import network_path
+
+    form = brought.form_of(network_path(project, path))
+    framework = runtimes.FRAMEWORKS[form]
+    there = find_spec(framework) is not None
+    step = "" if there else f'pip install "radloop[{EXTRAS[framework]}]"'
+    yield Check("network", OK if there else FAIL, f"{path}, {form}, for {framework}", step)
+
+
 def _catalog(project: Path, settings: Settings, *, every: bool) -> Iterator[Check]:
     from radloop.catalog.database import SCHEMA_VERSIONS
     from radloop.stages.project import open_catalog, open_landing, pseudonymiser
@@ -306,6 +325,20 @@ def _cannot_bind(host: str, port: int) -> str | None:
         except OSError as error:
             return error.strerror or type(error).__name__
     return None
+
+
+def _pools(project: Path, settings: Settings) -> Iterator[Check]:
+    """MLflow's servers behind the gateway: do they answer, and may everybody ask?"""
+    from radloop.cli.serving import pools_of
+
+    for pool in pools_of(project, settings):
+        silent = [server for server in pool.servers if not pool.answers(server)]
+        name, found = f"pool {pool.name}", f"{len(pool.servers) - len(silent)} of {len(pool.servers)} answer"
+        verdict = FAIL if len(silent) == len(pool.servers) else WARN if silent else OK
+        yield Check(name, verdict, found, f"start {', '.join(silent)}" if silent else "")
+        if not pool.token and settings.serve.host not in ("127.0.0.1", "localhost", "::1"):
+            found = f"{settings.serve.host} is no loopback address, and no token is asked for"
+            yield Check(name, WARN, found, f"token under [serve.pools.{pool.name}], or MLflow's own authentication")
 
 
 def _envoy() -> Iterator[Check]:

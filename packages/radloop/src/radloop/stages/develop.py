@@ -99,7 +99,7 @@ def adopt(
     preprocessing = preprocessing_of(tensors)
     images = TensorSet(tensors.path).gather(labelled(table, "train").sop_uids[:64])
     said = brought.adopt(
-        _inside(home, chosen.network),
+        network_path(home, chosen.network),
         chosen.network_output,
         preprocessing,
         preprocessing.windowed(images),
@@ -110,8 +110,8 @@ def adopt(
     log(f"the network {chosen.network} was taken as it is; nothing was trained")
 
 
-def _inside(home: Path, path: str) -> Path:
-    """A path of radloop.toml, inside the project: engines elsewhere have no other folder."""
+def network_path(home: Path, path: str) -> Path:
+    """Where `[train] network` lies. Raises SettingsError outside the project: engines elsewhere have no other folder."""
     found = (home / path).resolve()
     if not found.is_relative_to(home.resolve()):
         raise SettingsError(

@@ -34,7 +34,7 @@ import pytest
 from numpy.typing import NDArray
 
 from radloop.dicom.uids import Pseudonymiser
-from radloop.learning import brought, evaluate, package
+from radloop.learning import brought, evaluate, package, runtimes
 from radloop.learning.package import Packaged, example_dicom
 from radloop.testing import discs, networks
 
@@ -217,7 +217,7 @@ class PredictorSuite:
         assert by_grpc(answer) == pytest.approx(wanted, abs=TOLERANCE)
 
     def test_mlflows_own_way_gives_the_same(self, served: Served) -> None:
-        """Who loads the registered version with MLflow must get the numbers that were released."""
+        """Who loads the registered version with MLflow must get the numbers that were released, and know what to install."""
         import pandas as pd
 
         data = example_dicom(served.packaged.inputs)
@@ -225,6 +225,9 @@ class PredictorSuite:
         wanted = served.packaged.predict_dicom(data)
         assert answer["probability"].tolist() == pytest.approx([wanted.probability] * 2, abs=TOLERANCE)
         assert answer["decision"].tolist() == [wanted.decision] * 2
+        place = Path(served.shelf.tracking.location("disc", served.version).removeprefix("file://"))
+        needed = {line.split("==")[0] for line in (place / "requirements.txt").read_text().splitlines()}
+        assert set(runtimes.FRAMEWORKS.values()) & needed == {runtimes.FRAMEWORKS[self.form]}
 
     @pytest.mark.parametrize(
         ("change", "value", "match"),

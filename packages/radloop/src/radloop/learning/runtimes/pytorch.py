@@ -89,7 +89,7 @@ def _torch() -> Any:
     try:
         import torch
     except ImportError:
-        raise not_installed("PyTorch", "train") from None
+        raise not_installed("torch") from None
     return torch
 
 

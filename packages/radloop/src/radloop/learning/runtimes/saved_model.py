@@ -67,7 +67,7 @@ def tensorflow(threads: int = 1) -> Any:
             warnings.simplefilter("ignore")  # its dependencies deprecate each other
             import tensorflow as tf
     except ImportError:
-        raise not_installed("TensorFlow", "tensorflow") from None
+        raise not_installed("tensorflow") from None
     with suppress(RuntimeError):  # once it has computed something in this process, this stays as it is
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(threads)

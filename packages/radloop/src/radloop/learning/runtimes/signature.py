@@ -96,11 +96,15 @@ def unreadable(path: Path, why: object) -> ArtifactError:
     )
 
 
-def not_installed(framework: str, extra: str) -> ArtifactError:
-    """The framework of a network is not there."""
+EXTRAS = {"onnxruntime": "serve", "torch": "train", "tensorflow": "tensorflow"}
+"""radloop's extra that brings each framework."""
+
+
+def not_installed(framework: str) -> ArtifactError:
+    """The framework of a network, a key of `EXTRAS`, is not there."""
     return ArtifactError(
         f"{framework} is not installed, and the network is made for it",
         expected=framework,
         got="no such package",
-        next_step=f'pip install "radloop[{extra}]"',
+        next_step=f'pip install "radloop[{EXTRAS[framework]}]"',
     )
