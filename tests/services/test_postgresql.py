@@ -156,20 +156,18 @@ def test_backup_with_pg_dump_and_restore(project: Path, ask: Ask, postgresql: Po
     """If this failed, a hospital on PostgreSQL would find out at its first dead disk that its backup was half a project."""
     helpers.write_dicom(tmp_path / "export/1.dcm")
     assert ask("ingest", str(tmp_path / "export"), "--site", "site-a")[0] == 0
-    backup = tmp_path / "backup"
-    told = _say(ask("backup", str(backup), "--with-keys", "--by", "ada", "--json"))
-    assert told["catalog"] == "postgresql" and "catalog.db" not in {kept["path"] for kept in told["files"]}
     with open_catalog(project) as catalog:
-        before, head = catalog.pending(), catalog.ledger.head()
-        url = catalog._url
+        before, head, name = catalog.pending(), catalog.ledger.head(), str(catalog._url.database)
     environment = os.environ | {"PGPASSWORD": postgresql.password}
     place = ["-h", "127.0.0.1", "-p", str(postgresql.port), "-U", postgresql.user]
-    program = str(postgresql.programs / "pg_dump")
-    dump = [program, *place, "--format=custom", "--file", str(backup / "catalog.dump"), str(url.database)]
-    subprocess.run(dump, env=environment, check=True)
+    backup, dump = tmp_path / "backup", str(tmp_path / "catalog.dump")
+    command = [str(postgresql.programs / "pg_dump"), *place, "--format=custom", "--file", dump, name]
+    subprocess.run(command, env=environment, check=True)
+    told = _say(ask("backup", str(backup), "--with-keys", "--by", "ada", "--json"))
+    assert told["catalog"] == "postgresql" and "catalog.db" not in {kept["path"] for kept in told["files"]}
     target, empty = tmp_path / "new", postgresql.database()
     assert run_app(["restore", str(backup), "--project", str(target), "--by", "ada"]) == 0
-    back = ["--clean", "--if-exists", "--dbname", empty.rpartition("/")[2], str(backup / "catalog.dump")]
+    back = ["--clean", "--if-exists", "--dbname", empty.rpartition("/")[2], dump]
     subprocess.run([str(postgresql.programs / "pg_restore"), *place, *back], env=environment, check=True)
     (target / "catalog.password").touch(mode=0o600)
     (target / "catalog.password").write_text(postgresql.password)

@@ -20,7 +20,7 @@ from radloop.learning.gates import GateConfig
 from radloop.learning.train import TrainConfig
 from radloop.monitoring.drift import Thresholds
 from radloop.serving.judge import Margins
-from radloop.settings import Approver, DimsePacs, Folder, FromPacs, Settings, WebPacs, load
+from radloop.settings import Approver, DimsePacs, Folder, FromPacs, MlflowPool, Settings, WebPacs, load
 
 from .conftest import Command, Ran
 
@@ -41,6 +41,7 @@ EXAMPLES = {
     *(("listen", "tls", name) for name in ("certificate", "key")),
     *(("listen", "stow", name) for name in ("port", "tokens")),
     *(("ingest", name) for name in ("folders", "pacs")),
+    ("serve", "pools"),
     ("deidentify", "pixel_rules"),
     ("pacs",),
     ("approvers",),
@@ -66,6 +67,7 @@ def test_every_setting_stands_in_the_template() -> None:
         assert set(struct.__struct_fields__) == set(_at(told, path)), path
     assert set(Folder.__struct_fields__) == set(told["ingest"]["folders"][0])
     assert set(FromPacs.__struct_fields__) == set(told["ingest"]["pacs"][0])
+    assert set(MlflowPool.__struct_fields__) == set(told["serve"]["pools"]["tracking"])
     assert set(Approver.__struct_fields__) == set(told["approvers"]["anna"])
     assert {*DimsePacs.__struct_fields__, "kind"} == set(told["pacs"]["main"])
     assert set(WebPacs.__struct_fields__) <= set(told["pacs"]["main"]) | set(told["pacs"]["web"])

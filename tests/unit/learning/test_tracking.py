@@ -136,7 +136,7 @@ def test_the_model_loads_in_an_empty_environment(tracking: Tracking, trained: An
     venv.create(tmp_path / "venv", with_pip=uv is None)
     pip = [uv, "pip", "install", "--python", str(python)] if uv else [str(python), "-m", "pip", "install"]
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
-    subprocess.run([*pip, "--quiet", "-r", "requirements.txt"], cwd=model, env=clean, check=True)
+    subprocess.run([*pip, "--quiet", "-r", str(model / "requirements.txt")], cwd=tmp_path, env=clean, check=True)
     code = (
         "import sys, mlflow.pyfunc, radloop\n"
         "model = mlflow.pyfunc.load_model(sys.argv[1])\n"

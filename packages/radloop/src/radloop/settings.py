@@ -317,7 +317,8 @@ def _nearest(message: str) -> str | None:
     if "unknown field" not in message:
         return None
     wrong = message.split("`")[1]
-    sections: list[type[msgspec.Struct]] = [*_sections(Settings), Token, Folder, FromPacs, DimsePacs, WebPacs, Approver, MlflowPool]
+    listed = (Token, Folder, FromPacs, DimsePacs, WebPacs, Approver, MlflowPool)
+    sections: list[type[msgspec.Struct]] = [*_sections(Settings), *listed]
     names = {n for section in sections for n in section.__struct_fields__}
     near = difflib.get_close_matches(wrong, names, 1)
     return f"did you mean {near[0]!r}?" if near else None

@@ -76,7 +76,7 @@ def register(app: typer.Typer) -> None:
         Works while `listen`, `serve` and runs go on. The copy is of one moment, complete or not there, and carries digests. It
         holds who the patients are, encrypted; the keys are never in it unless you ask. Files are not in it: landing/, quarantine/
         and archive/ only grow by whole files, so copy them afterwards with what copies files (rsync); artifacts/, runs/ and
-        mlflow/ can be made again, or copied likewise. A catalog in PostgreSQL is left to pg_dump.
+        mlflow/ can be made again, or copied likewise. A catalog in PostgreSQL is left to pg_dump, before this.
         """
         told = make_backup(project, settings_at(project), folder, with_keys=with_keys, by=actor(by))
         if json:
@@ -91,7 +91,7 @@ def register(app: typer.Typer) -> None:
         )
         print("Not in it: landing/, quarantine/, archive/ (copy them now), artifacts/, runs/, mlflow/")
         if told.catalog == "postgresql":
-            print(f"The catalog is in PostgreSQL: pg_dump --format=custom --file {folder}/catalog.dump DATABASE")
+            print("The catalog is in PostgreSQL: before each backup, pg_dump --format=custom --file CATALOG.dump DATABASE")
 
     @command(
         app,
@@ -121,7 +121,7 @@ def register(app: typer.Typer) -> None:
         if missing:
             print(f"Put back from where you keep them: {', '.join(missing)} (the project key has the id {told.key_id})")
         if told.catalog == "postgresql":
-            print(f"The catalog: pg_restore --clean --if-exists --dbname DATABASE {folder}/catalog.dump")
+            print("The catalog: pg_restore --clean --if-exists --dbname DATABASE CATALOG.dump")
         print("Next: copy landing/, quarantine/ and archive/ back, then radloop doctor")
 
 

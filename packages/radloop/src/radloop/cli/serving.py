@@ -16,6 +16,7 @@ from radloop.errors import ServingError
 if TYPE_CHECKING:
     from radloop.catalog.store import Catalog
     from radloop.serving.desired import ModelRef, State
+    from radloop.serving.pool import Pool
     from radloop.settings import Settings
 
 
@@ -143,6 +144,7 @@ def serve_until_stopped(
             key_file=key,
             token_file=token,
             host=host,
+            pools=pools_of(project, settings),
         )
 
         bound = [0]
@@ -151,7 +153,15 @@ def serve_until_stopped(
             bound[0] = at
             stack.enter_context(announced(ready_file, host, at))
             line = f"radloop serve: http://{host}:{at} (Open Inference Protocol v2); Ctrl-C ends it"
-            print(line, file=sys.stderr if json else sys.stdout, flush=True)
+            told = sys.stderr if json else sys.stdout
+            print(line, file=told, flush=True)
+            for name, pool in settings.serve.pools.items():
+                several = output.plural(len(pool.servers), "server")
+                print(
+                    f"radloop serve: http://{host}:{pool.port} is {several} ({name}, {pool.kind})",
+                    file=told,
+                    flush=True,
+                )
 
         with ending_with(supervisor.stop):
             supervisor.run(on_ready=ready)
@@ -159,6 +169,23 @@ def serve_until_stopped(
         output.print_json({"ended": True, "host": host, "port": bound[0]})
     else:
         print("radloop serve: ended")
+
+
+def pools_of(project: Path, settings: Settings) -> list[Pool]:
+    """The pools of radloop.toml, with their tokens. Raises ServingError as `Pool`, SettingsError as `secret`."""
+    from radloop.serving.pool import Pool
+    from radloop.settings import secret
+
+    return [
+        Pool(
+            name=name,
+            kind=told.kind,
+            port=told.port,
+            servers=told.servers,
+            token=secret(told.token, project).decode() if told.token else "",
+        )
+        for name, told in settings.serve.pools.items()
+    ]
 
 
 def ask(project: Path, settings: Settings, files: list[Path], *, site: str, url: str | None) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import msgspec
 
 from radloop.serving import gateway, process
+from radloop.serving.pool import Pool
 
 REFUSED_EXIT = 78
 """Exit status (sysexits.h EX_CONFIG) of a predictor that will not start however often it is tried."""
@@ -160,12 +161,15 @@ class Envoy(msgspec.Struct):
     host: str
     port: int
     admin_port: int
+    pools: tuple[Pool, ...] = ()
 
     def command(self) -> list[str]:
         """See `Program`."""
         self.admin_address.parent.mkdir(exist_ok=True, mode=0o700)
         self.admin_address.unlink(missing_ok=True)
-        made = gateway.bootstrap(self.config, host=self.host, port=self.port, admin_port=self.admin_port)
+        made = gateway.bootstrap(
+            self.config, host=self.host, port=self.port, admin_port=self.admin_port, pools=self.pools
+        )
         gateway.replace_json(self.config / "bootstrap.json", made)
         launcher = [sys.executable, "-I", "-S", process.__file__, str(os.getpid()), str(gateway.envoy_path())]
         options = ["--admin-address-path", str(self.admin_address), "--disable-hot-restart", "-l", "warn"]
@@ -190,8 +194,9 @@ class Envoy(msgspec.Struct):
         if admin is None or get(admin, "/ready")[0] != 200:
             return None
         with contextlib.suppress(ValueError, LookupError):
-            listeners = msgspec.json.decode(get(admin, "/listeners?format=json")[1])["listener_statuses"]
-            return int(listeners[0]["local_address"]["socket_address"]["port_value"])
+            for one in msgspec.json.decode(get(admin, "/listeners?format=json")[1])["listener_statuses"]:
+                if one["name"] == gateway.LISTENER:
+                    return int(one["local_address"]["socket_address"]["port_value"])
         return None
 
     def in_effect(self) -> tuple[str, str]:
@@ -217,15 +222,15 @@ class Envoy(msgspec.Struct):
         return names
 
     def drain(self, timeout_s: float) -> None:
-        """Close the listener and wait until no request is under way."""
+        """Close the listeners and wait until no request is under way."""
         admin = self.admin()
         if admin is None:
             return
         get(admin, "/drain_listeners", method="POST")
         until = time.monotonic() + timeout_s
         while time.monotonic() < until:
-            answer = get(admin, "/stats?filter=http.gateway.downstream_rq_active$")[1]
-            if not answer or answer.strip().endswith(b" 0"):
+            answer = get(admin, r"/stats?filter=^http\.(gateway|pool-.*)\.downstream_rq_active$")[1]
+            if all(line.endswith(b" 0") for line in answer.splitlines()):
                 return
             time.sleep(0.02)
 

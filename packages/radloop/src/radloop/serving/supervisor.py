@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from radloop.serving.desired import (
     supervising,
 )
 from radloop.serving.gateway import Routes, Upstream, replace_json
+from radloop.serving.pool import Pool
 
 TICK_S = 0.1
 ENVOY_TIMEOUT_S = 10.0
@@ -50,6 +51,7 @@ class Supervisor:
         token_file: holds the bearer token that predictors ask for; None asks for none.
         admin_port: Envoy's admin interface, always on 127.0.0.1; 0 lets the system choose.
         host: the address Envoy binds; predictors are on 127.0.0.1 always.
+        pools: MLflow's servers, run by others, that get a port of the gateway of their own.
 
     `run` blocks until `stop` is called (from a signal handler or another thread). The thread that runs must live as
     long as the children shall (`process`).
@@ -65,6 +67,7 @@ class Supervisor:
         admin_port: int = 0,
         host: str = "127.0.0.1",
         model_name: str = "default",
+        pools: Sequence[Pool] = (),
     ) -> None:
         self.home = home.resolve()
         self._place = folder(self.home)
@@ -74,7 +77,7 @@ class Supervisor:
         self._key_file = key_file.resolve()
         self._token_file = None if token_file is None else token_file.resolve()
         self._model_name = model_name
-        self._envoy = Envoy(config=config, host=host, port=gateway_port, admin_port=admin_port)
+        self._envoy = Envoy(config=config, host=host, port=gateway_port, admin_port=admin_port, pools=tuple(pools))
         self._gateway = Child("envoy", self._envoy, self._logs)
         self._predictors: dict[str, Child] = {}
         self._retired: list[tuple[float, Child]] = []
@@ -103,7 +106,8 @@ class Supervisor:
         """
         gateway.envoy_path()
         with supervising(self.home):
-            _check_port(self._envoy.host, self._envoy.port)
+            for port in (self._envoy.port, *(pool.port for pool in self._envoy.pools)):
+                _check_port(self._envoy.host, port)
             self._write_config(self._routes)
             try:
                 while not self._stopping.is_set():
