@@ -62,6 +62,13 @@ def test_the_same_seed_gives_the_same_weights_from_pixels_alone(toy: Any, tmp_pa
     assert network.weights_digest(tmp_path / "c") != network.weights_digest(tmp_path / "a")
 
 
+@pytest.mark.parametrize("epochs", [1, 2, 4])
+def test_a_very_short_training_ends(toy: Any, tmp_path: Path, epochs: int) -> None:
+    """If this failed, who tries a first training on a handful of images would see torch divide by zero."""
+    all_at_once = config(epochs=epochs, batch_size=len(toy.table))
+    assert len(train.fit(toy.tensors, toy.table, toy.preprocessing, all_at_once, tmp_path).history) == epochs
+
+
 def test_training_leaves_torch_as_it_was(toy: Any, tmp_path: Path) -> None:
     """A pipeline that runs in somebody's process must not change their seed or threads."""
     import torch

@@ -218,8 +218,10 @@ class _Loop:
         self.optimiser = torch.optim.AdamW(
             self.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
+        # A rise of a quarter of four steps ends at its first: torch divides by zero there.
+        steps = 5 if self.steps == 4 else self.steps
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimiser, config.learning_rate, total_steps=self.steps, pct_start=0.25
+            self.optimiser, config.learning_rate, total_steps=steps, pct_start=0.25
         )
 
     def epoch(self) -> float:
