@@ -129,6 +129,16 @@ def test_typed_contents_do_as_well_as_raw_ones(predictor: Any) -> None:
             grpc.StatusCode.INVALID_ARGUMENT,
             "not preprocessed",
         ),
+        (
+            {"raw": np.full((1, 1, SIZE, SIZE), np.nan, "<f4").tobytes()},
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "not finite",
+        ),
+        (
+            {"raw": np.full((1, 1, SIZE, SIZE), -np.inf, "<f4").tobytes()},
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "not finite",
+        ),
         ({"name": "x"}, grpc.StatusCode.INVALID_ARGUMENT, "exactly one input"),
         ({"output": "x"}, grpc.StatusCode.INVALID_ARGUMENT, "unknown name"),
     ],

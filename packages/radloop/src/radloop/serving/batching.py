@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections import deque
 from collections.abc import Callable
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Answer = tuple[NDArray[np.float64], NDArray[np.int64]]
-MOST_IMAGES = 32
-"""Images in one call of the model; more gain nothing on a CPU and make the others wait."""
+_Asked = tuple[NDArray[np.float32], asyncio.Future[Answer]]
+MOST_IMAGES = 4
+"""Images in one call of the model: on a CPU two to four take a little less time each than one, sixteen more (docs/results.md)."""
 
 
 class Batcher:
@@ -32,9 +33,7 @@ class Batcher:
         self, compute: Callable[[NDArray[np.float32]], Answer], *, threads: int, observe: Callable[[int], None]
     ) -> None:
         self._compute, self._observe = compute, observe
-        self._waiting: deque[tuple[NDArray[np.float32], asyncio.Future[Answer]]] = deque()
-        self._changed = threading.Condition()
-        self._closing = False
+        self._waiting: SimpleQueue[_Asked | None] = SimpleQueue()  # in C: a Condition costs several times as much
         self._count = threads
         self._threads = [threading.Thread(target=self._run, name=f"predict-{n}", daemon=True) for n in range(threads)]
         for thread in self._threads:
@@ -43,48 +42,47 @@ class Batcher:
     @property
     def waiting(self) -> int:
         """Requests that no thread has taken yet."""
-        return len(self._waiting)
+        return self._waiting.qsize()
 
     def submit(self, images: NDArray[np.float32]) -> asyncio.Future[Answer]:
         """Queue images that were checked; from the event loop. A cancelled future is not computed if it still waits."""
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        with self._changed:
-            self._waiting.append((images, future))
-            self._changed.notify()
+        self._waiting.put((images, future))
         return future
 
     def close(self) -> None:
         """Finish what waits, then end the threads."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
+        for _ in self._threads:
+            self._waiting.put(None)
         for thread in self._threads:
             thread.join()
 
     def _run(self) -> None:
-        while taken := self._take():
+        while (first := self._waiting.get()) is not None:
+            taken = [one for one in self._share(first) if not one[1].cancelled()]
+            if not taken:
+                continue
             answers = self._answers([images for images, _ in taken])
-            loop = taken[0][1].get_loop()
             try:
-                loop.call_soon_threadsafe(_settle, [future for _, future in taken], answers)
+                taken[0][1].get_loop().call_soon_threadsafe(_settle, [future for _, future in taken], answers)
             except RuntimeError:  # the loop is closed: nobody waits any more
                 return
 
-    def _take(self) -> list[tuple[NDArray[np.float32], asyncio.Future[Answer]]]:
-        """This thread's share of what waits; empty when it is to end."""
-        with self._changed:
-            while True:
-                while not self._waiting and not self._closing:
-                    self._changed.wait()
-                taken: list[tuple[NDArray[np.float32], asyncio.Future[Answer]]] = []
-                share, images = math.ceil(len(self._waiting) / self._count), 0
-                while self._waiting and len(taken) < share and (not taken or images < MOST_IMAGES):
-                    one = self._waiting.popleft()
-                    if not one[1].cancelled():
-                        taken.append(one)
-                        images += len(one[0])
-                if taken or (self._closing and not self._waiting):
-                    return taken
+    def _share(self, first: _Asked) -> list[_Asked]:
+        """This thread's share of what waits, `first` included."""
+        taken, images = [first], len(first[0])
+        share = math.ceil((self._waiting.qsize() + 1) / self._count)
+        while len(taken) < share and images < MOST_IMAGES:
+            try:
+                one = self._waiting.get_nowait()
+            except Empty:  # another thread was faster
+                break
+            if one is None:  # the end, for this thread or another one
+                self._waiting.put(None)
+                break
+            taken.append(one)
+            images += len(one[0])
+        return taken
 
     def _answers(self, many: list[NDArray[np.float32]]) -> list[Answer | Exception]:
         """One call for all; if it fails, one for each, so that a request fails by its own fault only."""

@@ -125,7 +125,7 @@ class PredictionLog:
             return
         for row, tensor in rows:
             if tensor is not None:
-                row["input_digest"] = hashlib.sha256(tensor.tobytes()).hexdigest()
+                row["input_digest"] = hashlib.sha256(np.ascontiguousarray(tensor).data).hexdigest()
         data = b"".join(self._encoder.encode(row) + b"\n" for row, _ in rows)
         try:
             self._write(data)

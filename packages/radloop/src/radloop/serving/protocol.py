@@ -158,12 +158,15 @@ def _outputs(request: _Request) -> tuple[tuple[str, ...], frozenset[str]]:
 
 
 def raw_images(datatype: str, shape: Sequence[int], data: bytes | memoryview, size: int) -> NDArray[np.float32]:
-    """An input `image` of raw little-endian FP32 values, not copied. Raises Refusal (400)."""
+    """An input `image` of raw little-endian FP32 values, not copied; whether they are finite `check_finite` tells.
+
+    Raises:
+        Refusal: 400.
+    """
     _check_image(datatype, shape, size)
     if len(data) != 4 * math.prod(shape):
         raise _bad(f'input "image" has {len(data)} bytes; its shape {list(shape)} needs {4 * math.prod(shape)}')
-    images = np.frombuffer(data, "<f4").reshape(tuple(shape))
-    return _finite(images)
+    return np.frombuffer(data, "<f4").reshape(tuple(shape))
 
 
 def raw_files(datatype: str, shape: Sequence[int], data: bytes | memoryview) -> tuple[bytes, ...]:
@@ -253,7 +256,8 @@ def _images(given: _Input, size: int) -> NDArray[np.float32]:
         raise _bad(f'input "image" has {values.size} values; its shape {given.shape} needs {math.prod(given.shape)}')
     with np.errstate(over="ignore"):
         images = values.astype(np.float32).reshape(given.shape)
-    return _finite(images)
+    check_finite(images)
+    return images
 
 
 def _check_image(datatype: str, shape: Sequence[int], size: int) -> None:
@@ -264,10 +268,10 @@ def _check_image(datatype: str, shape: Sequence[int], size: int) -> None:
         raise _bad(f'input "image" has the shape {list(shape[:8])}; expected {expected}')
 
 
-def _finite(images: NDArray[np.float32]) -> NDArray[np.float32]:
+def check_finite(images: NDArray[np.float32]) -> None:
+    """Raises Refusal (400) where a value is not finite."""
     if not np.isfinite(images).all():
         raise _bad('input "image" has values that are not finite in 32 bits')
-    return images
 
 
 def _nested(given: _Input) -> NDArray[np.float64]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import random
 import re
 import time
 import uuid
@@ -23,7 +24,7 @@ from radloop.serving.gateway import ANSWERS_HEADER, CHALLENGER_HEADER, CHAMPION_
 from radloop.serving.model import Examined, ServedModel
 from radloop.serving.predictions import CHALLENGER, CHAMPION, OK, PredictionLog, PredictionRow
 from radloop.serving.predictor.metrics import Metrics
-from radloop.serving.protocol import OUTPUTS, Question, Refusal
+from radloop.serving.protocol import OUTPUTS, Question, Refusal, check_finite
 
 DEADLINE_S = 30.0
 QUEUE = 256
@@ -33,6 +34,8 @@ MOST_UNLOGGED = 10_000
 
 _PARSED_AT_ONCE = 65_536
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+_random = random.Random()  # noqa: S311 - ids are no secrets; seeded by the system, and asks it for nothing more
 _SILENT = frozenset({401, 404, 429})
 """Refusals that are counted, not logged: they are not about an image."""
 
@@ -52,7 +55,7 @@ class Asked(msgspec.Struct, frozen=True):
     def of(cls, protocol: str, headers: Mapping[str, str], digest: str) -> Asked:
         """`headers` in lower case; `digest` of the model that was asked."""
         models = {name: headers.get(name, "") for name in (CHAMPION_HEADER, CHALLENGER_HEADER)}
-        others = [model for model in models.values() if model != digest and _DIGEST.fullmatch(model)]
+        others = [model for model in models.values() if model and model != digest and _DIGEST.fullmatch(model)]
         return cls(
             protocol=protocol,
             request_id=_request_id(headers.get("x-request-id", "")),
@@ -204,7 +207,7 @@ class Core:
         columns: dict[str, list[Any]] = {
             "probability": probabilities.tolist(),
             "decision": decisions.tolist(),
-            "prediction_id": [str(uuid.uuid4()) for _ in range(len(probabilities))],
+            "prediction_id": [_new_id() for _ in range(len(probabilities))],
         }
         self._log(asked, question.site, examined, images, columns)
         parameters = {"model_version": self.version, "model_digest": self.model.digest}
@@ -220,6 +223,7 @@ class Core:
         try:
             self.model.check(question.images)
         except DataError as error:
+            check_finite(question.images)
             raise Refusal(400, "not_preprocessed", one_line(error)) from None
         return [], question.images
 
@@ -243,9 +247,8 @@ class Core:
     ) -> None:
         latency_ms = _since(asked.started)
         for number in range(len(images)):
-            row = self._row(asked, OK, latency_ms)
-            for name in OUTPUTS:
-                row[name] = columns[name][number]  # type: ignore[literal-required]
+            row = self._row(asked, OK, latency_ms, columns["prediction_id"][number])
+            row["probability"], row["decision"] = columns["probability"][number], columns["decision"][number]
             row["site"] = site or None
             if examined:
                 one = examined[number]
@@ -255,9 +258,11 @@ class Core:
             else:
                 self.log.append(row, images[number])
 
-    def _row(self, asked: Asked, status: str, latency_ms: float | None = None) -> PredictionRow:
+    def _row(
+        self, asked: Asked, status: str, latency_ms: float | None = None, prediction_id: str | None = None
+    ) -> PredictionRow:
         return PredictionRow(
-            prediction_id=str(uuid.uuid4()),
+            prediction_id=_new_id() if prediction_id is None else prediction_id,
             request_id=asked.request_id,
             at=datetime.now(UTC).isoformat(),
             model_name=self.name,
@@ -282,10 +287,19 @@ class Core:
 
 def _request_id(given: str) -> str:
     """A UUID as it is; anything else by its digest, as it might say who the patient is."""
+    if not given:
+        return _new_id()
+    if _UUID.fullmatch(given):
+        return given
     try:
         return str(uuid.UUID(given))
     except ValueError:
-        return hashlib.sha256(given.encode()).hexdigest()[:32] if given else str(uuid.uuid4())
+        return hashlib.sha256(given.encode()).hexdigest()[:32]
+
+
+def _new_id() -> str:
+    """A random UUID. `uuid.uuid4` asks the system each time, and lets another thread run meanwhile."""
+    return str(uuid.UUID(int=_random.getrandbits(128), version=4))
 
 
 def one_line(error: Exception) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from radloop.serving import protocol
 from radloop.serving.predictions import OK
@@ -28,7 +29,7 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 class Rest:
-    """The application: `app`.
+    """The ASGI application. Inference is plain ASGI, asked before the routes; whatever else there is goes by Starlette.
 
     Args:
         core: the model.
@@ -37,6 +38,7 @@ class Rest:
 
     def __init__(self, core: Core, lifespan: Callable[[Any], AbstractAsyncContextManager[None]]) -> None:
         self._core = core
+        self._infer = Infer(core)
         one = "/v2/models/{name}"
         named = (one, one + "/versions/{version}")
         routes = [Route(path + "/infer", self._infer, methods=["POST"]) for path in named]
@@ -52,7 +54,16 @@ class Rest:
                 Route(path, self._guard(self._about_model)),
                 Route(path + "/ready", self._guard(self._model_ready)),
             ]
-        self.app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _http_error})
+        self._others = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _http_error})
+        self._mine = {f"/v2/models/{core.name}/infer": {"name": core.name}}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One connection's scope: a request, or the process's life."""
+        if scope["type"] == "http" and scope["method"] == "POST" and (asked := self._mine.get(scope["path"])):
+            scope["path_params"] = asked
+            await self._infer(scope, receive, send)
+        else:
+            await self._others(scope, receive, send)
 
     async def _live(self, request: Request) -> Response:
         del request
@@ -95,69 +106,103 @@ class Rest:
     def _check_path(self, request: Request) -> None:
         self._core.check_model(request.path_params["name"], request.path_params.get("version", ""))
 
-    async def _infer(self, request: Request) -> Response:
-        core, headers = self._core, request.headers
+
+class Infer:
+    """Inference, an ASGI application whose path parameters are `name` and perhaps `version`.
+
+    Without Starlette's requests, responses and routes, which take about as long as all that is done here.
+    """
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        core = self._core
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         status, reason = 500, "internal"
         asked = Asked.of("rest", headers, core.model.digest)
         core.begin()
         try:
-            body = await self._admit(request)
-            kind, length = headers.get("content-type", ""), headers.get(BINARY_HEADER)
-            parse = functools.partial(protocol.parse, body, kind, asked.site, core.model.size, length)
-            # Raw tensors and files are not parsed, only pointed at.
-            question = await core.understood(parse, 0 if length or kind == "application/dicom" else len(body))
-            answered = await core.answer(question, asked)
-            content, json_length = protocol.answer(
-                question, core.name, core.version, answered.parameters, answered.columns
-            )
-            status, reason = 200, OK
-            if json_length is None:
-                return Response(content, media_type="application/json")
-            told = {BINARY_HEADER: str(json_length)}
-            return Response(content, headers=told, media_type="application/octet-stream")
-        except Refusal as refusal:
-            status, reason = refusal.status, refusal.reason
-            return _refused(refusal)
-        except ClientDisconnect:
-            status, reason = 499, "client_gone"
-            return Response(status_code=400)
-        except Exception as error:  # noqa: BLE001 - the server lives; a message could hold anything: only its kind is told
-            reason = type(error).__name__
-            return _refused(Refusal(500, reason, f"the predictor failed ({reason}), a fault of radloop or the model"))
+            try:
+                self._admit(headers, scope["path_params"])
+                content, told = await self._answer(headers, await self._body(receive), asked)
+                status, reason = 200, OK
+            except Refusal as refusal:
+                status, reason = refusal.status, refusal.reason
+                content, told = _refused_as(refusal)
+            except ClientDisconnect:
+                status, reason = 499, "client_gone"
+                return
+            except Exception as error:  # noqa: BLE001 - the server lives; a message could hold anything: only its kind is told
+                reason = type(error).__name__
+                message = f"the predictor failed ({reason}), a fault of radloop or the model"
+                content, told = _refused_as(Refusal(500, reason, message))
+            told.append((b"content-length", b"%d" % len(content)))
+            await send({"type": "http.response.start", "status": status, "headers": told})
+            await send({"type": "http.response.body", "body": content})
         finally:
             core.end(asked, status, reason)
 
-    async def _admit(self, request: Request) -> bytes:
-        """Everything that is checked before work begins, and the body."""
-        self._core.authorise(request.headers.get("authorization", ""))
-        self._check_path(request)
+    async def _answer(self, headers: Mapping[str, str], body: bytes, asked: Asked) -> tuple[bytes, _Headers]:
+        core, kind, length = self._core, headers.get("content-type", ""), headers.get(BINARY_HEADER)
+        if length or kind == "application/dicom":  # raw tensors and files are not parsed, only pointed at
+            question = protocol.parse(body, kind, asked.site, core.model.size, length)
+        else:
+            parse = functools.partial(protocol.parse, body, kind, asked.site, core.model.size, length)
+            question = await core.understood(parse, len(body))
+        answered = await core.answer(question, asked)
+        content, json_length = protocol.answer(question, core.name, core.version, answered.parameters, answered.columns)
+        if json_length is None:
+            return content, [_JSON]
+        return content, [_BINARY, (BINARY_HEADER.encode(), b"%d" % json_length)]
+
+    def _admit(self, headers: Mapping[str, str], path: Mapping[str, str]) -> None:
+        """Everything that is checked before the body is read."""
+        self._core.authorise(headers.get("authorization", ""))
+        self._core.check_model(path["name"], path.get("version", ""))
         self._core.check_load()
-        if request.headers.get("content-encoding", "identity") != "identity":
+        if headers.get("content-encoding", "identity") != "identity":
             raise Refusal(415, "content_encoding", "send the body without content-encoding")
-        length = request.headers.get("content-length", "")
+        length = headers.get("content-length", "")
         if length.isdigit() and int(length) > self._core.max_body_bytes:
             raise self._core.too_large()
-        chunks, total = [], 0
+
+    async def _body(self, receive: Receive) -> bytes:
+        chunks, total, more = [], 0, True
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
-                async for chunk in request.stream():
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientDisconnect
+                    chunk, more = message.get("body", b""), message.get("more_body", False)
                     total += len(chunk)
                     if total > self._core.max_body_bytes:
                         raise self._core.too_large()
                     chunks.append(chunk)
         except TimeoutError:
             raise Refusal(408, "slow_body", f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s") from None
-        return b"".join(chunks)
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+_Headers = list[tuple[bytes, bytes]]
+_JSON = (b"content-type", b"application/json")
+_BINARY = (b"content-type", b"application/octet-stream")
 
 
 def _json(value: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), status, media_type="application/json")
 
 
+def _refused_as(refusal: Refusal) -> tuple[bytes, _Headers]:
+    headers = [(name.encode(), value.encode()) for name, value in (refusal.headers or {}).items()]
+    return msgspec.json.encode({"error": refusal.message}), [_JSON, *headers]
+
+
 def _refused(refusal: Refusal) -> Response:
-    headers = None if refusal.headers is None else dict(refusal.headers)
-    body = msgspec.json.encode({"error": refusal.message})
-    return Response(body, refusal.status, headers=headers, media_type="application/json")
+    content, told = _refused_as(refusal)
+    return Response(content, refusal.status, headers={name.decode(): value.decode() for name, value in told})
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

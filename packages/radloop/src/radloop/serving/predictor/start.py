@@ -96,10 +96,12 @@ def _serve(core: Core, bound: socket.socket, options: argparse.Namespace) -> Non
         core.close()
 
     config = uvicorn.Config(
-        Rest(core, lifespan).app,
+        Rest(core, lifespan),
         access_log=False,
         log_level="critical",
         server_header=False,
+        date_header=False,
+        proxy_headers=False,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=DRAIN_S,
         lifespan="on",
