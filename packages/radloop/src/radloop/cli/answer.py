@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from radloop import logs
 from radloop.cli import output
 from radloop.cli.common import FAILED, HERE, Json, Project, catalog_at, command, settings_at
 from radloop.errors import DataError, RadloopError, ServingError
@@ -124,9 +125,9 @@ def run(
             else:
                 found = desk.answer_received(since.isoformat())
             told += found
-            if not quiet:
+            if not quiet or logs.wanted():
                 for one in found:
-                    print(one.get("error") or one["message"], flush=True)
+                    output.tell(one.get("error") or one["message"])
             if not follow or source is not None:
                 break
             stop.wait(_LOOK_EVERY_S)

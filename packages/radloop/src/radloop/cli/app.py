@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperGroup
 
+from radloop import logs
 from radloop.cli.output import fail, print_json
 from radloop.errors import RadloopError
 
@@ -135,6 +136,8 @@ def _register_stage(app: typer.Typer) -> None:
 def run_app(arguments: Sequence[str] | None = None) -> int:
     """Run the command that the arguments name (those of this process by default); the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {name for names in SECTIONS.values() for name in names}
+    logs.configure(next((word for word in given if word in commands), "radloop"))
     try:
         typer.main.get_command(make_app()).main(given, prog_name="radloop")
     except SystemExit as ended:
@@ -149,7 +152,10 @@ def run_app(arguments: Sequence[str] | None = None) -> int:
 def _refused(error: RadloopError, given: Sequence[str]) -> int:
     if os.environ.get("RADLOOP_DEBUG") == "1":
         traceback.print_exception(error)
-    fail(str(error))
+    if logs.wanted():  # what was got stays out: it may be a name that somebody gave
+        logs.write("error", {"message": error.what, "error": type(error).__name__, "next_step": error.next_step})
+    else:
+        fail(str(error))
     if "--json" in given:
         details = {"expected": error.expected, "got": error.got, "next_step": error.next_step}
         said = {name: None if value is None else str(value) for name, value in details.items()}
@@ -165,7 +171,13 @@ def _crashed(error: Exception, given: Sequence[str]) -> int:
     if isinstance(error, OSError) and error.strerror:
         reason += f": {error.strerror}"
     where = _write_log(error, given)
-    fail(f"this should not have happened ({reason})\n  written to: {where}\n  next: RADLOOP_DEBUG=1 prints it in full")
+    if logs.wanted():
+        told = {"message": "this should not have happened", "error": type(error).__name__, "written_to": where.name}
+        logs.write("critical", told)
+    else:
+        fail(
+            f"this should not have happened ({reason})\n  written to: {where}\n  next: RADLOOP_DEBUG=1 prints it in full"
+        )
     if "--json" in given:
         print_json({"error": {"type": type(error).__name__, "what": reason, "log": str(where)}})
     return 1

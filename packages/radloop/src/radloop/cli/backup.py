@@ -91,7 +91,9 @@ def register(app: typer.Typer) -> None:
         )
         print("Not in it: landing/, quarantine/, archive/ (copy them now), artifacts/, runs/, mlflow/")
         if told.catalog == "postgresql":
-            print("The catalog is in PostgreSQL: before each backup, pg_dump --format=custom --file CATALOG.dump DATABASE")
+            print(
+                "The catalog is in PostgreSQL: before each backup, pg_dump --format=custom --file CATALOG.dump DATABASE"
+            )
 
     @command(
         app,

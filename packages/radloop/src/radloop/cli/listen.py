@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from radloop import logs
 from radloop.cli import output
 from radloop.errors import SettingsError
 
@@ -78,14 +79,14 @@ def listen_until_stopped(
             sender.start()
             stack.callback(sender.join)
         with announced(ready_file, settings.listen.host, bound, more):
-            print(where, file=sys.stderr if json else sys.stdout, flush=True)
+            output.tell(where, stderr=json)
             _watch(_Screen(where, sources, catalog, project / "landing", settings.ingest.quiet_s), stop, quiet=json)
     counts = {route: ask().counts for route, ask in sources.items()}
     if json:
         told = {"ended": True, "host": settings.listen.host, "port": bound, "counts": counts["cstore"]}
         output.print_json({**told, **({"stow": counts["stow"]} if stow else {})})
     else:
-        print(f"radloop listen: ended; {'; '.join(_say_counts(counts))}")
+        output.tell(f"radloop listen: ended; {'; '.join(_say_counts(counts))}")
 
 
 def _tell(project: Path, settings: Settings, catalog: Catalog) -> str:
@@ -291,7 +292,7 @@ def _watch(screen: _Screen, stop: threading.Event, *, quiet: bool) -> None:
     if quiet:
         stop.wait()
         return
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() and not logs.wanted():
         from rich.live import Live
 
         with Live(screen.render(), console=output.console(), auto_refresh=False, screen=False) as live:
@@ -302,7 +303,7 @@ def _watch(screen: _Screen, stop: threading.Event, *, quiet: bool) -> None:
     while not stop.wait(1.0):
         now = _say_counts(_counts(screen))
         if now == before and now != said:  # a lull after something came
-            print("; ".join(now), flush=True)
+            output.tell("; ".join(now))
             said = now
         before = now
 

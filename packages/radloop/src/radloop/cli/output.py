@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from radloop import logs
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -89,8 +91,19 @@ def progress(label: str) -> Iterator[Progress]:
 
 
 def say(message: str) -> None:
-    """One line for people on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    """One line for people on stderr; a line of the log where that is asked for."""
+    if logs.wanted():
+        logs.write("info", {"message": message})
+    else:
+        print(message, file=sys.stderr, flush=True)
+
+
+def tell(message: str, *, stderr: bool = False) -> None:
+    """One line of a server for people on stdout; a line of the log where that is asked for."""
+    if stderr or logs.wanted():
+        say(message)
+    else:
+        print(message, flush=True)
 
 
 def fail(message: str) -> None:

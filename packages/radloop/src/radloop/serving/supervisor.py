@@ -7,6 +7,7 @@ it is killed itself. Here the set follows a file, routes follow readiness, and t
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
@@ -35,6 +36,7 @@ from radloop.serving.desired import (
 from radloop.serving.gateway import Routes, Upstream, replace_json
 from radloop.serving.pool import Pool
 
+LOG = logging.getLogger(__name__)
 TICK_S = 0.1
 ENVOY_TIMEOUT_S = 10.0
 LINGER_S = 1.0
@@ -78,7 +80,7 @@ class Supervisor:
         self._token_file = None if token_file is None else token_file.resolve()
         self._model_name = model_name
         self._envoy = Envoy(config=config, host=host, port=gateway_port, admin_port=admin_port, pools=tuple(pools))
-        self._gateway = Child("envoy", self._envoy, self._logs)
+        self._gateway = Child("envoy", self._envoy, self._logs, logs_on_stdout=True)
         self._predictors: dict[str, Child] = {}
         self._retired: list[tuple[float, Child]] = []
         self._desired = Desired()
@@ -177,6 +179,9 @@ class Supervisor:
             if not (both and self._apply_routes(routes) and self._apply_clusters(routes)):
                 return
             self._routes = routes
+            LOG.info(
+                "%s %d %%: champion %s, challenger %s", routes.strategy, routes.percent, *map(_named, _both(routes))
+            )
         self._routing, self._generation = self._desired.routing, self._desired.generation
         for digest in [digest for digest in self._predictors if digest not in wanted]:
             self._retired.append((time.monotonic() + LINGER_S, self._predictors.pop(digest)))
@@ -269,6 +274,14 @@ class Supervisor:
         while children := [child for child in children if not child.gone()]:
             time.sleep(0.02)
         self._report()
+
+
+def _both(routes: Routes) -> tuple[Upstream | None, Upstream | None]:
+    return routes.champion, routes.challenger
+
+
+def _named(upstream: Upstream | None) -> str:
+    return "none" if upstream is None else f"version {upstream.version} ({upstream.model_digest[:16]})"
 
 
 def _observed_model(name: str, ref: ModelRef, child: Child) -> ObservedModel:

@@ -226,3 +226,4 @@ class _Storage:
     def ended(self, *, released: bool) -> None:
         """The association is over."""
         self._tally.closed(self._peer, released=released)
+        LOG.info("an association of %s %s", self._sender, "is over" if released else "broke off")

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radloop.errors import DataError, DicomError
+from radloop.logs import Lines
 from radloop.serving.batching import Batcher
 from radloop.serving.gateway import ANSWERS_HEADER, CHALLENGER_HEADER, CHAMPION_HEADER, MAX_BODY_BYTES, MIRROR_HEADER
 from radloop.serving.model import Examined, ServedModel
@@ -40,8 +41,11 @@ _SILENT = frozenset({401, 404, 429})
 """Refusals that are counted, not logged: they are not about an image."""
 
 
-class Asked(msgspec.Struct, frozen=True):
-    """What the headers (gRPC: the metadata) say: the gateway's words on roles and copies, and the sender's site."""
+class Asked(msgspec.Struct):
+    """What the headers (gRPC: the metadata) say: the gateway's words on roles and copies, and the sender's site.
+
+    `images`: how many were computed, once they were.
+    """
 
     protocol: str
     request_id: str
@@ -50,6 +54,7 @@ class Asked(msgspec.Struct, frozen=True):
     compared_with: str | None
     site: str | None
     started: float
+    images: int = 0
 
     @classmethod
     def of(cls, protocol: str, headers: Mapping[str, str], digest: str) -> Asked:
@@ -85,6 +90,7 @@ class Core:
         threads: calls of the model at once, and DICOM files examined at once.
         max_body_bytes: a larger body is refused.
         deadline_s: what is not answered by then is refused.
+        lines: the log that gets a line a request.
     """
 
     def __init__(
@@ -98,11 +104,13 @@ class Core:
         threads: int = 2,
         max_body_bytes: int = MAX_BODY_BYTES,
         deadline_s: float = DEADLINE_S,
+        lines: Lines | None = None,
     ) -> None:
         self.model, self.log, self.name, self.version = model, log, name, version
         self.max_body_bytes, self.deadline_s = max_body_bytes, deadline_s
         self.metrics = Metrics(model.digest, version)
         self.draining = False
+        self._lines = lines
         self._token = None if token is None else token.encode()
         self._batcher = Batcher(model.compute, threads=threads, observe=self.metrics.batch.observe)
         self._examiners = ThreadPoolExecutor(threads, thread_name_prefix="examine")
@@ -113,6 +121,8 @@ class Core:
         self._examiners.shutdown()
         self._batcher.close()
         self.log.close()
+        if self._lines is not None:
+            self._lines.close()
 
     @property
     def is_ready(self) -> bool:
@@ -178,6 +188,23 @@ class Core:
         self.metrics.seconds.labels(str(status)).observe(time.perf_counter() - asked.started)
         if reason != OK and status not in _SILENT and reason != "client_gone":
             self.log.append(self._row(asked, reason))
+        if self._lines is not None:
+            self._tell(self._lines, asked, status, reason)
+
+    def _tell(self, lines: Lines, asked: Asked, status: int, reason: str) -> None:
+        facts = {
+            "id": asked.request_id,
+            "protocol": asked.protocol,
+            "model": self.name,
+            "version": self.version,
+            "model_digest": self.model.digest[:16],
+            "role": asked.role,
+            "status": status,
+            "reason": reason,
+            "images": asked.images,
+            "duration_ms": _since(asked.started),
+        }
+        lines.append("info" if status < 400 else "error" if status >= 500 else "warning", facts)
 
     async def understood(self, parse: Callable[[], Question], length: int) -> Question:
         """What `parse` makes of a body of `length` bytes; a long one in a thread, so that nobody else waits for it."""
@@ -209,6 +236,7 @@ class Core:
             "decision": decisions.tolist(),
             "prediction_id": [_new_id() for _ in range(len(probabilities))],
         }
+        asked.images = len(images)
         self._log(asked, question.site, examined, images, columns)
         parameters = {"model_version": self.version, "model_digest": self.model.digest}
         if len(images) == 1:

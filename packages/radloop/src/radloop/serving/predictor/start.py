@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 import uvicorn
 
+from radloop import logs
 from radloop.dicom.uids import Pseudonymiser
 from radloop.errors import RadloopError, SettingsError
 from radloop.serving import process
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         process.die_with_parent(options.parent, signal.SIGTERM)
         threading.Thread(target=_watch_parent, args=(options.parent,), daemon=True).start()
     _hush()
+    logs.configure("predictor")
     try:
         bound = _bind(options.host, options.port)
         key = _pseudonymiser(options.key_file)
@@ -65,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     core = Core(
         model, log, name=options.name, version=options.version, token=token,
         threads=options.threads, max_body_bytes=options.max_body_bytes, deadline_s=options.deadline_s,
+        lines=logs.Lines() if logs.wanted() else None,
     )  # fmt: skip
     try:
         _serve(core, bound, options)

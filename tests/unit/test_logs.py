@@ -1,0 +1,101 @@
+"""What a line of the log holds, and what it costs who writes it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from radloop import logs
+
+NAME = "ZORBAXX^QUENTIN"
+Read = Callable[[], list[dict[str, Any]]]
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[Read]:
+    """Turn the log on, into a pipe; return a function that reads its lines."""
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    monkeypatch.setenv("RADLOOP_LOG", "json")
+    monkeypatch.setenv("RADLOOP_LOG_FD", str(writing))
+    root, ours = logging.getLogger(), logging.getLogger("radloop")
+    handlers, level = list(root.handlers), ours.level
+
+    def lines() -> list[dict[str, Any]]:
+        try:
+            data = os.read(reading, 1 << 20)
+        except BlockingIOError:
+            return []
+        return [json.loads(line) for line in data.splitlines()]
+
+    yield lines
+    root.handlers = handlers
+    ours.setLevel(level)
+    logging.captureWarnings(False)
+    for each in (reading, writing):
+        os.close(each)
+
+
+def test_our_words_are_told_and_others_are_not(read: Read) -> None:
+    """If this failed, a warning of pydicom that quotes PatientName would be in the hospital's log server, for everybody."""
+    logs.configure("listen")
+    logging.getLogger("radloop.dicom.listener").info("an association of %s is over", "CT1")
+    logging.getLogger("pydicom").warning("Invalid value %s", NAME)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn(f"Invalid value {NAME}", UserWarning, stacklevel=1)
+    try:
+        raise ValueError(NAME)
+    except ValueError:
+        logging.getLogger("radloop.dicom.listener").exception("a connection failed")
+    told = read()
+    assert NAME not in json.dumps(told)
+    association, foreign, warned, failed = told
+    assert (association["message"], association["level"], association["process"]) == (
+        "an association of CT1 is over", "info", "listen",
+    )  # fmt: skip
+    assert (foreign["logger"], foreign["where"].partition(":")[0]) == ("pydicom", "test_logs.py")
+    assert (warned["warning"], warned["where"].partition(":")[0]) == ("UserWarning", "test_logs.py")
+    assert failed["exception"] == "ValueError" and "test_our_words" in failed["frames"][-1]
+
+
+def test_a_line_is_never_torn(read: Read) -> None:
+    """If this failed, lines of two processes on one pipe would mix, and a collector would drop both."""
+    logs.configure("x")
+    logging.getLogger("radloop").warning("a" * 100_000)
+    logs.write("info", {"message": "b"})
+    long, short = read()
+    assert len(json.dumps(long)) < 4096 and short["message"] == "b"
+
+
+def test_without_the_variable_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, who asks for no log would get one, or lose what Python prints."""
+    monkeypatch.delenv("RADLOOP_LOG", raising=False)
+    before = list(logging.getLogger().handlers)
+    logs.configure("x")
+    assert logging.getLogger().handlers == before and logs.inherited() == ()
+
+
+def test_a_reader_that_stands_still_holds_up_nobody(read: Read) -> None:
+    """If this failed, a log server that hangs would stop predictions."""
+    lines = logs.Lines()
+    began = time.monotonic()
+    for number in range(15_000):  # many times what a pipe holds
+        lines.append("info", {"id": number, "text": "x" * 100})
+    assert time.monotonic() - began < 1
+    time.sleep(2 * logs.FLUSH_INTERVAL_S)
+    lines.close()
+    assert time.monotonic() - began < 4
+    told: list[dict[str, Any]] = []
+    until = time.monotonic() + 10
+    while not any("dropped" in line for line in told) and time.monotonic() < until:  # the thread goes on as we read
+        told += read()
+    assert [line["id"] for line in told if "id" in line] == list(range(10_000))
+    assert sum(line.get("dropped", 0) for line in told) == 5_000
