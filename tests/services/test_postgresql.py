@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from radloop.catalog.database import Database
+from radloop.catalog.database import SCHEMA_VERSIONS, Database
 from radloop.catalog.store import Catalog
 from radloop.cli.app import run_app
 from radloop.cli.init import make_project
@@ -132,7 +132,7 @@ def test_the_password_is_nowhere_but_in_its_file(project: Path, ask: Ask, postgr
         assert code == 0, out + err
         outputs.append(out + err)
     [catalog] = [check for check in json.loads(outputs[0]) if check["name"] == "catalog"]
-    assert catalog["found"].startswith("schema 0002, PostgreSQL, 127.0.0.1:")
+    assert catalog["found"].startswith(f"schema {SCHEMA_VERSIONS[-1]}, PostgreSQL, 127.0.0.1:")
     assert "pg_dump" in outputs[2]
     (project / "catalog.password").write_text("wrong")
     code, out, err = ask("status")
