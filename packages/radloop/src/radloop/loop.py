@@ -35,6 +35,8 @@ def prepare(settings: Settings) -> Pipeline:
         options=list(settings.deidentify.options),
         pixels=settings.deidentify.pixels,
         pixel_rules=list(settings.deidentify.pixel_rules),
+        face_cleaner=list(settings.deidentify.face_cleaner),
+        face_timeout_s=settings.deidentify.face_timeout_s,
         key=key,
     )
     checked = b.add(

@@ -134,12 +134,17 @@ class WebPacs(_Pacs, frozen=True, kw_only=True, tag="dicomweb"):
 
 
 class Deidentify(_Section, frozen=True):
-    """How identity is removed (DICOM PS3.15 Annex E): a named profile and further options, by name or code."""
+    """How identity is removed (DICOM PS3.15 Annex E): a named profile and further options, by name or code.
+
+    `face_cleaner`: a command for series that may show a face, with the words {input} and {output}.
+    """
 
     profile: str = "research"
     options: tuple[str, ...] = ()
     pixels: Literal["clean", "refuse", "off"] = "clean"
     pixel_rules: tuple[dict[str, Any], ...] = ()
+    face_cleaner: tuple[str, ...] = ()
+    face_timeout_s: float = 3600.0
     key: str = "file:radloop.key"
     crosswalk_key: str = "file:crosswalk.key"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,6 +54,15 @@ def register(app: typer.Typer) -> None:
                 "--pixels", help="Text in pixels: clean, refuse, or off (not looked for).", show_default="clean"
             ),
         ] = None,
+        face_cleaner: Annotated[
+            str | None,
+            typer.Option(
+                "--face-cleaner",
+                metavar="COMMAND",
+                help='With the option clean-visual-features: your own, as "deface {input} {output}".',
+                show_default="none: heads are refused",
+            ),
+        ] = None,
         key: Annotated[
             Path | None,
             typer.Option(
@@ -96,7 +106,9 @@ def register(app: typer.Typer) -> None:
         is refused, counted and never copied. The same key gives the same pseudonyms in every run: keep it, and keep it
         from who gets the images. Exit code 3 if files were refused.
         """
-        recipe = _recipe(profile, option or [], pixels, key, site, project, make=not dry_run and explain is None)
+        recipe = _recipe(
+            profile, option or [], pixels, face_cleaner, key, site, project, make=not dry_run and explain is None
+        )
         if explain is not None:
             _explain(explain, recipe, values=show_values, json=json)
             return
@@ -162,6 +174,7 @@ def _recipe(
     profile: str | None,
     options: list[str],
     pixels: str | None,
+    face_cleaner: str | None,
     key: Path | None,
     site: str,
     project: Path | None,
@@ -170,6 +183,7 @@ def _recipe(
 ) -> Recipe:
     from radloop.dicom.batch import Recipe
     from radloop.settings import Deidentify, secret
+    from radloop.stages.project import face_cleaner_of
 
     check_code(site, "--site")
     told = Deidentify()
@@ -185,6 +199,9 @@ def _recipe(
         options=tuple(options or told.options),
         pixels=pixels or told.pixels,  # type: ignore[arg-type] # Pixels checks it
         pixel_rules=told.pixel_rules,
+        face_cleaner=face_cleaner_of(
+            told.face_cleaner if face_cleaner is None else shlex.split(face_cleaner), told.face_timeout_s
+        ),
         site=site,
     )
     recipe.deidentifier()  # whatever is wrong with it, before a file is read

@@ -12,6 +12,7 @@ from radloop.cli import output
 
 if TYPE_CHECKING:
     from radloop.dicom.batch import Recipe, Summary
+    from radloop.dicom.profile import Profile
 
 OUTCOMES = {
     "cleaned": "cleaned",
@@ -71,7 +72,7 @@ def facts(summary: Summary, recipe: Recipe, *, dry_run: bool) -> dict[str, Any]:
         "refused": _refused(summary),
         "pixels": [{"decision": name, "files": count} for name, count in sorted(summary.pixels.items())],
         "attributes": [{"path": path, "actions": actions} for path, actions in attributes.items()],
-        "left": _left(summary, profile.name, profile.shifts_dates, profile.keeps_dates),
+        "left": _left(summary, recipe, profile),
     }
 
 
@@ -85,24 +86,28 @@ def _refused(summary: Summary) -> list[dict[str, Any]]:
     ]
 
 
-def _left(summary: Summary, profile: str, shifts: bool, keeps: bool) -> list[str]:
+def _left(summary: Summary, recipe: Recipe, profile: Profile) -> list[str]:
     """What the reader must still see to."""
     unseen = sum(count for decision, count in summary.pixels.items() if decision.endswith("not looked at"))
+    faces = "Faces in head CT and MR are not removed."
+    if profile.cleans_faces:
+        faces = "Render a sample of the heads: that a face is gone is what your face cleaner says."
+        faces = faces if recipe.face_cleaner else "Images that may show a face were refused, as far as headers tell."
     said = [
         f"Look for text in the pixels of {output.plural(unseen, 'file')}, or of a sample: radloop did not."
         if unseen
         else "Look at a sample of the images: what was done about text in the pixels is under Pixels.",
-        "Faces in head CT and MR are not removed.",
+        faces,
         "Keep the key apart from the images. Who has both can test whether a known patient is among them, and undo "
         "date shifts.",
     ]
     if summary.outcomes["refused"]:
         said.insert(0, "Decide on the refused files: they are not in the output.")
-    if shifts:
+    if profile.shifts_dates:
         said.append("Dates were moved, not removed: that is not HIPAA Safe Harbor (45 CFR 164.514(b)(2)).")
-    if keeps:
+    if profile.keeps_dates:
         said.append("Dates are the true ones: that is not HIPAA Safe Harbor (45 CFR 164.514(b)(2)).")
-    if profile != "basic":
+    if profile.name != "basic":
         said.append("Sex, age and other characteristics are kept: few patients may share a rare combination.")
     said.append(
         "Have it agreed to: a data use agreement, an ethics approval or an expert determination is not in here."

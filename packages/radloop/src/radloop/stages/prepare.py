@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +21,8 @@ from radloop.stages.kinds import TABLE, Dataset, Instances, Labels, Schema, Tens
 if TYPE_CHECKING:
     from radloop.catalog.schema import Archived, Instance, Refused
     from radloop.catalog.store import Catalog
+    from radloop.dicom.deidentify import Deidentifier
+    from radloop.dicom.deidentify.faces import Faceless
     from radloop.dicom.landing import Landing
 
 T = TypeVar("T")
@@ -71,11 +75,16 @@ def ingest(
         if waits:
             log(waits)
         persons = catalog.persons()
+        retried = _retried(catalog)
         resolved = catalog.resolve_labels(task)
         split = catalog.resolve_labels(given_split).values if given_split else {}
     rows = sorted((row.sop_uid, row.revision, row.source_sha256, row.site) for row in current)
-    columns = list(zip(*rows, strict=True))
+    columns = [list(column) for column in zip(*rows, strict=True)]
     names = ["sop_uid", "revision", "source_sha256", "site"]
+    if any(row[:2] in retried for row in rows):
+        # Without it nothing would have changed, and no stage would look again. Only where there are any:
+        # else the artifact, and all that was made of it, stays what it was.
+        columns, names = [*columns, [retried[row[:2]] for row in rows]], [*names, "retried"]
     pq.write_table(pa.table([pa.array(c) for c in columns], names=names), received.file(TABLE))
     if (schema := home / "schema.pbtxt").exists():
         reviewed.file("schema.pbtxt").write_bytes(schema.read_bytes())
@@ -97,6 +106,12 @@ def ingest(
     )
     received.counts["instances"] = len(rows)
     labels.counts.update(labelled=len(values), contradicting=len(contradicting))
+
+
+def _retried(catalog: Catalog) -> Counter[tuple[str, int]]:
+    """How often a person had an instance (UID, revision) looked at again, as after mending a face cleaner."""
+    rows = catalog.quarantined(state="retried")
+    return Counter((row.sop_uid, row.revision) for row in rows if row.sop_uid and row.revision is not None)
 
 
 def _fetch(home: Path, landing: Landing, catalog: Catalog, source: dict[str, Any]) -> None:
@@ -141,6 +156,8 @@ def deidentify(
     options: list[str] = [],  # noqa: B006 - stages never change their parameters
     pixels: str = "clean",
     pixel_rules: list[dict[str, Any]] = [],  # noqa: B006
+    face_cleaner: list[str] = [],  # noqa: B006
+    face_timeout_s: float = 3600.0,
     key: Secret = "file:radloop.key",
     workers: int = 0,
 ) -> None:
@@ -148,30 +165,43 @@ def deidentify(
 
     Args:
         pixels, pixel_rules: what is done about text in the pixels, as `radloop.dicom.burned_in.Pixels` has them.
+        face_cleaner, face_timeout_s: a command of your own for the option clean-visual-features, and how long it may take for
+            a series: `radloop.dicom.deidentify.face_cleaner.FaceCleaner`.
         workers: threads (most of the time goes into networks that look for text, which let go of Python); 0: one a core.
     """
     from radloop.catalog.audit import record
     from radloop.catalog.schema import Archived
     from radloop.dicom.burned_in import Pixels
     from radloop.dicom.deidentify import Deidentifier
-    from radloop.stages.project import loop_profile, open_catalog, pseudonymiser
+    from radloop.stages import faces
+    from radloop.stages.project import face_cleaner_of, loop_profile, open_catalog, pseudonymiser
 
     names = pseudonymiser(home, key)
     looking = Pixels(pixels, pixel_rules, draw=names.fraction)  # type: ignore[arg-type] # it says so itself
-    cleaner = Deidentifier(names, profile=loop_profile(profile, options), pixels=looking)
+    tool = face_cleaner_of(face_cleaner, face_timeout_s)
+    cleaner = Deidentifier(names, profile=loop_profile(profile, options), pixels=looking, face_cleaner=tool)
     with open_catalog(home) as catalog:
         wanted = {(row["sop_uid"], row["revision"]) for row in read_table(received.file(TABLE))}
         todo = [row for row in catalog.pending(deid_digest=cleaner.digest) if (row.sop_uid, row.revision) in wanted]
+        alone, whole = faces.apart(catalog, home, todo, wanted) if tool else (todo, [])
+        todo = [*alone, *(row for rows in whole for row in rows)]
         if todo:
             detail = {"instances": len(todo), "studies": len({row.study_uid for row in todo})}
             patients = {row.patient for row in todo}
             record(catalog.ledger, "landing read", "landing", actor="deidentify", pseudonyms=patients, detail=detail)
         done: list[Archived] = []
         refused: list[Refused] = []
-        results = in_order(functools.partial(_clean, cleaner, home), todo, workers)
-        for number, result in enumerate(track(results, len(todo), message="de-identify"), 1):
+        # Where a batch ends: a series without faces is recorded at once, so that a kill leaves no part of it to be done.
+        ends = {*range(_BATCH, len(alone), _BATCH), *itertools.accumulate(map(len, [alone, *whole]))}
+
+        def results() -> Iterator[Archived | Refused]:
+            yield from in_order(functools.partial(_clean, cleaner, home, {}), alone, workers)
+            for rows, faceless in faces.without(catalog, cleaner, home, whole):
+                yield from in_order(functools.partial(_clean, cleaner, home, faceless), rows, workers)
+
+        for number, result in enumerate(track(results(), len(todo), message="de-identify"), 1):
             done.append(result) if isinstance(result, Archived) else refused.append(result)
-            if number % _BATCH == 0 or number == len(todo):
+            if number in ends:
                 catalog.mark_archived(done)
                 catalog.refuse(refused, stage="deidentify")
                 done, refused = [], []
@@ -408,13 +438,17 @@ def write_instances(rows: list[Instance], path: Path) -> None:
     pq.write_table(pa.table({name: [row.get(name) for row in flat] for name in names}), path)
 
 
-def _clean(cleaner: Any, home: Path, row: Instance) -> Archived | Refused:
+def _clean(cleaner: Deidentifier, home: Path, faceless: Faceless, row: Instance) -> Archived | Refused:
     from radloop.catalog.schema import Archived, Refused
+    from radloop.stages.faces import landed
 
-    source = home / "landing" / row.source_sha256[:2] / f"{row.source_sha256}.dcm"
     relative = f"{row.study_uid}/{row.series_uid}/{row.sop_uid}.dcm"
+    source = landed(home, row)
+    pixels = faceless.get(source)
     try:
-        cleaned = cleaner.clean_file(source, home / "archive" / relative, site=row.site)
+        if isinstance(pixels, DicomError):
+            raise pixels
+        cleaned = cleaner.clean_file(source, home / "archive" / relative, site=row.site, faceless=pixels)
     except DicomError as error:
         return Refused(sop_uid=row.sop_uid, revision=row.revision, reason=_reason(error.reason), detail=error.what)
     if cleaned.patient != row.patient:

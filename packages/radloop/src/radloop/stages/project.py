@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ssl import SSLContext
 
     from radloop.catalog.store import Catalog
+    from radloop.dicom.deidentify.face_cleaner import FaceCleaner
     from radloop.dicom.landing import Landing
     from radloop.dicom.pacs import Pacs
     from radloop.dicom.pacs.fetch import Target
@@ -217,6 +218,13 @@ def loop_profile(name: str, options: Sequence[str]) -> Profile:
     return profile
 
 
+def face_cleaner_of(command: Sequence[str], timeout_s: float) -> FaceCleaner | None:
+    """The face cleaner of these settings; None if there is none. Raises SettingsError: a command that is none."""
+    from radloop.dicom.deidentify.face_cleaner import FaceCleaner
+
+    return FaceCleaner(tuple(command), timeout_s) if command else None
+
+
 def check(settings: Settings) -> None:
     """Check the sections that a room reads, before a long run meets a typo.
 
@@ -224,6 +232,8 @@ def check(settings: Settings) -> None:
         SettingsError: an unknown name, with the nearest known one, or a value of a wrong type.
     """
     from radloop.dicom.burned_in import Pixels
+    from radloop.dicom.deidentify import Deidentifier
+    from radloop.dicom.uids import MIN_KEY_BYTES, Pseudonymiser
     from radloop.imaging.transforms import Preprocessing
     from radloop.learning.evaluate import EvaluateConfig
     from radloop.learning.gates import GateConfig
@@ -233,8 +243,13 @@ def check(settings: Settings) -> None:
     from radloop.stages.approvals import approvers_of
 
     approvers_of(settings)
-    loop_profile(settings.deidentify.profile, settings.deidentify.options)
-    Pixels(settings.deidentify.pixels, settings.deidentify.pixel_rules)
+    chosen = settings.deidentify
+    Deidentifier(
+        Pseudonymiser(bytes(MIN_KEY_BYTES)),
+        profile=loop_profile(chosen.profile, chosen.options),
+        pixels=Pixels(chosen.pixels, chosen.pixel_rules),
+        face_cleaner=face_cleaner_of(chosen.face_cleaner, chosen.face_timeout_s),
+    )
     for name, values, struct in (
         ("preprocess", settings.preprocess, Preprocessing),
         ("train", settings.train, TrainConfig),

@@ -19,16 +19,20 @@ from pathlib import Path
 
 import msgspec
 
+from radloop.catalog.reason import Reason
+from radloop.dicom.batch.faces import Faces
 from radloop.dicom.batch.journal import Entry, Journal
-from radloop.dicom.batch.workers import FULL, Done, Recipe, Task, results
+from radloop.dicom.batch.workers import FULL, Done, Recipe, Task, digest, results
 from radloop.dicom.deidentify import Deidentifier
 from radloop.dicom.folder import list_files
-from radloop.errors import DataError, EngineError
+from radloop.errors import DataError, DicomError, EngineError
 
 __all__ = ["Files", "Recipe", "Summary", "clean_folder", "files_of"]
 
 STATE = ".radloop"
 NOT_LOOKED_AT = "copied, not looked at"
+AGAIN = ("UNREADABLE", Reason.RECOGNIZABLE_FACE)
+"""Refusals that are not remembered: what is wrong may be mended without changing the file."""
 CHUNK = 16
 """Files that a worker takes at once."""
 Progress = Callable[[int, int], None]
@@ -105,6 +109,7 @@ def clean_folder(
         try:
             with Journal(None if target is None else state / "journal.jsonl", _digest(recipe, deidentifier)) as journal:
                 run.journal = journal
+                run.faces = Faces(deidentifier, recipe.site, [root / path for path in paths], target and work)
                 for chunk, done in results(run.tasks(paths), recipe, deidentifier, workers):
                     for task, result in zip(chunk, done, strict=True):
                         run.take(task, result)
@@ -172,6 +177,7 @@ class _Run:
     def __init__(self, recipe: Recipe, root: Path, target: Path | None, work: Path) -> None:
         self.recipe, self.root, self.target, self.work = recipe, root, target, work
         self.journal: Journal
+        self.faces: Faces
         self.summary = Summary()
         self.placed: dict[str, str] = {}
         self.patterns: Counter[str] = Counter()
@@ -184,19 +190,45 @@ class _Run:
                 self.summary.skipped += 1
                 continue
             full = self.root / path
-            source = self._source(path, full)
-            known = self.journal.entries.get(source)
-            at = str(self.target / known.file) if known is not None and self.target is not None else ""
-            work = str(self.work / str(number) / "i.dcm")  # a file's name may not look like a PatientID
-            chunk.append(Task(number=number, source=source, path=str(full), work=work, known=known, known_at=at))
+            faceless = self.faces.of(full, self._settle)
+            source, known, at = self._known(full)
+            refused = (faceless.reason, faceless.what) if isinstance(faceless, DicomError) else None
+            task = Task(
+                number=number,
+                source=source,
+                path=str(full),
+                work=str(self.work / str(number) / "i.dcm"),  # a file's name may not look like a PatientID
+                known=known,
+                known_at=at,
+                faceless=str(faceless) if isinstance(faceless, Path) else "",
+                refused=refused,
+            )
+            chunk.append(task)
             if len(chunk) == CHUNK:
                 yield chunk
                 chunk = []
         if chunk:
             yield chunk
 
-    def _source(self, path: str, full: Path) -> str:
+    def _known(self, full: Path) -> tuple[str, Entry | None, str]:
+        """A file as it is now; what an earlier run made of it, and where that should be."""
+        source = self._source(full)
+        known = self.journal.entries.get(source)
+        return source, known, str(self.target / known.file) if known is not None and self.target is not None else ""
+
+    def _settle(self, series: Sequence[Path]) -> bool:
+        """Whether all is there that is made of a series; if not, what is there goes."""
+        known = [self._known(path)[1:] for path in series]
+        if all(entry and (entry.outcome == "refused" or digest(at) == entry.sha256) for entry, at in known):
+            return True
+        for entry, at in known:
+            if entry is not None and entry.file:
+                Path(at).unlink(missing_ok=True)
+        return False
+
+    def _source(self, full: Path) -> str:
         """A file as it is now, by a keyed hash; ctime is in it, which no change leaves as it was."""
+        path = full.relative_to(self.root).as_posix()
         try:
             now = full.stat()
         except OSError:
@@ -212,6 +244,8 @@ class _Run:
         """
         if done.outcome == "full":
             raise self.full()
+        if task.faceless:
+            self.faces.taken(Path(task.faceless))
         outcome, reason, what = done.outcome, done.reason, done.what
         if done.file:
             before = self.placed.setdefault(done.file, "")
@@ -243,7 +277,7 @@ class _Run:
         if outcome == "refused":
             summary.reasons[reason, what] += 1
             summary.refused.append((task.number, reason))
-            if reason != "UNREADABLE":  # that may be mended without changing the file
+            if reason not in AGAIN:
                 self.journal.note(Entry(source=task.source, outcome=outcome, reason=reason, what=what))
             return
         name = task.known.tally if done.outcome == "kept" and task.known else self.journal.pattern(done.tally)

@@ -20,6 +20,7 @@ import msgspec
 from radloop.dicom.batch.journal import Entry, Tally
 from radloop.dicom.burned_in import Mode, Pixels
 from radloop.dicom.deidentify import Deidentifier
+from radloop.dicom.deidentify.face_cleaner import FaceCleaner
 from radloop.dicom.profile import chosen
 from radloop.dicom.uids import Pseudonymiser
 from radloop.errors import DicomError, EngineError
@@ -39,6 +40,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     pixels: Mode = "clean"
     pixel_rules: tuple[dict[str, Any], ...] = ()
     site: str = "local"
+    face_cleaner: FaceCleaner | None = None
 
     def __repr__(self) -> str:
         return f"Recipe({self.profile!r}, {self.options!r}, {self.pixels!r}, {self.site!r})"
@@ -47,11 +49,15 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
         """What cleans by it. Raises SettingsError: a key, profile, option or rule that is none; no text recognition."""
         who = Pseudonymiser(self.key)
         pixels = Pixels(self.pixels, self.pixel_rules, draw=who.fraction)
-        return Deidentifier(who, profile=chosen(self.profile, self.options), pixels=pixels)
+        profile = chosen(self.profile, self.options)
+        return Deidentifier(who, profile=profile, pixels=pixels, face_cleaner=self.face_cleaner)
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
-    """One file to clean into `work`, unless what an earlier run made of it is still at `known_at`."""
+    """One file to clean into `work`, unless what an earlier run made of it is still at `known_at`.
+
+    `faceless`: the pixels that a face cleaner left of it; `refused`: reason and what was wrong, where it left none.
+    """
 
     number: int
     source: str
@@ -59,6 +65,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     work: str
     known: Entry | None = None
     known_at: str = ""
+    faceless: str = ""
+    refused: tuple[str, str] | None = None
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True):
@@ -140,9 +148,11 @@ def clean_all(tasks: list[Task], deidentifier: Deidentifier, site: str) -> list[
 
 def _one(task: Task, deidentifier: Deidentifier, site: str) -> Done:
     known = task.known
+    if task.refused is not None:
+        return Done(outcome="refused", reason=task.refused[0], what=task.refused[1])
     if known is not None and known.outcome == "refused":
         return Done(outcome="refused", reason=known.reason, what=known.what)
-    if known is not None and _digest(task.known_at) == known.sha256:
+    if known is not None and digest(task.known_at) == known.sha256:
         return Done(outcome="kept", file=known.file, sha256=known.sha256, pixels=known.pixels)
     source = Path(task.path)
     tally: Counter[tuple[str, str]] = Counter()
@@ -151,7 +161,8 @@ def _one(task: Task, deidentifier: Deidentifier, site: str) -> Done:
     except OSError as error:
         return Done(outcome="refused", reason="UNREADABLE", what=error.strerror or "the file cannot be read")
     try:
-        cleaned = deidentifier.clean_file(source, Path(task.work), site=site, tally=tally)
+        faceless = Path(task.faceless) if task.faceless else None
+        cleaned = deidentifier.clean_file(source, Path(task.work), site=site, tally=tally, faceless=faceless)
     except DicomError as error:
         return Done(outcome="refused", reason=error.reason, what=error.what)
     except OSError as error:
@@ -171,7 +182,8 @@ def _one(task: Task, deidentifier: Deidentifier, site: str) -> Done:
     )
 
 
-def _digest(path: str) -> str:
+def digest(path: str) -> str:
+    """SHA-256 of a file; empty if it cannot be read."""
     try:
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

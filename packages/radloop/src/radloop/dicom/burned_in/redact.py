@@ -1,9 +1,12 @@
-"""Rectangles of an image emptied, all else kept: bit for bit where it is stored plainly, value for value where compressed."""
+"""Pixels replaced, all else kept: rectangles emptied, bit for bit around them where the image is stored plainly, value for value
+where it is compressed; or all frames by others.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,6 +45,38 @@ def emptied(ds: Dataset, frames: NDArray[Any], photometric: str, boxes: Sequence
     Raises:
         DicomError: PIXELS_UNDECODABLE, the written pixels do not read as they were meant.
     """
+    value = background(ds, frames, photometric)
+    wanted = frames.copy()
+    for box in boxes:
+        wanted[:, box.y0 : box.y1, box.x0 : box.x1, :] = value
+
+    def in_place(out: Dataset) -> bool:
+        return _in_place(out, ds, wanted, boxes, value)
+
+    return _written(ds, wanted, photometric, in_place)
+
+
+def replaced(ds: Dataset, wanted: NDArray[Any]) -> Dataset:
+    """The instance with other pixels: itself if they are the same, else a copy, written as `emptied` does but for native
+    pixels, which become Explicit VR Little Endian.
+
+    Args:
+        ds: the instance; not changed.
+        wanted: stored values as `stored_frames` gives them of `ds`: same shape, type and colour space.
+
+    Raises:
+        DicomError: PIXELS_UNDECODABLE, its own pixels cannot be decoded, are of another form, or the written ones do not
+            read as they were meant.
+    """
+    frames, photometric = stored_frames(ds)
+    if frames.shape != wanted.shape or frames.dtype != wanted.dtype:
+        raise _not_written()
+    return ds if np.array_equal(frames, wanted) else _written(ds, wanted, photometric)
+
+
+def _written(
+    ds: Dataset, wanted: NDArray[Any], photometric: str, first: Callable[[Dataset], bool] = lambda _: False
+) -> Dataset:
     out = _copy(ds)
     for keyword in _COUNTED:
         if keyword in out:
@@ -49,16 +84,16 @@ def emptied(ds: Dataset, frames: NDArray[Any], photometric: str, boxes: Sequence
     syntax = str(ds.file_meta.TransferSyntaxUID)
     if syntax in _LOSSY and not out.get("LossyImageCompression"):
         out.LossyImageCompression = "01"
-    value = background(ds, frames, photometric)
-    wanted = frames.copy()
-    for box in boxes:
-        wanted[:, box.y0 : box.y1, box.x0 : box.x1, :] = value
-    for way in (_in_place, _encoded, _plain):
-        if way(out, ds, wanted, photometric, boxes, value) and _reads_as(out, wanted):
+    for way in (first, partial(_encoded, ds, wanted), partial(_plain, ds, wanted, photometric)):
+        if way(out) and _reads_as(out, wanted):
             return out
         out.PixelData, out.file_meta = ds.PixelData, copy.deepcopy(ds.file_meta)
-    raise DicomError(
-        "text in the pixels was found, and the image cannot be written without it",
+    raise _not_written()
+
+
+def _not_written() -> DicomError:
+    return DicomError(
+        "the image cannot be written with its cleaned pixels",
         reason="PIXELS_UNDECODABLE",
         expected="pixels that read as they were written",
     )
@@ -85,9 +120,7 @@ def _darkest(ds: Dataset, frames: NDArray[Any]) -> int:
     return int(used[apply_color_lut(used[np.newaxis], ds)[0, :, :3].astype(np.int64).sum(axis=1).argmin()])
 
 
-def _in_place(
-    out: Dataset, ds: Dataset, wanted: NDArray[Any], photometric: str, boxes: Sequence[Box], value: NDArray[Any]
-) -> bool:
+def _in_place(out: Dataset, ds: Dataset, wanted: NDArray[Any], boxes: Sequence[Box], value: NDArray[Any]) -> bool:
     """Native little-endian samples of whole bytes: only words inside the boxes change, unused bits of theirs included."""
     bits = int(ds.BitsAllocated)
     native = ds.file_meta.TransferSyntaxUID in (ImplicitVRLittleEndian, ExplicitVRLittleEndian)
@@ -108,9 +141,7 @@ def _in_place(
     return True
 
 
-def _encoded(
-    out: Dataset, ds: Dataset, wanted: NDArray[Any], photometric: str, boxes: Sequence[Box], value: NDArray[Any]
-) -> bool:
+def _encoded(ds: Dataset, wanted: NDArray[Any], out: Dataset) -> bool:
     """Frame by frame in the same transfer syntax, without loss."""
     syntax = ds.file_meta.TransferSyntaxUID
     if str(syntax) not in LOSSLESS:
@@ -143,9 +174,7 @@ def _encoded(
     return True
 
 
-def _plain(
-    out: Dataset, ds: Dataset, wanted: NDArray[Any], photometric: str, boxes: Sequence[Box], value: NDArray[Any]
-) -> bool:
+def _plain(ds: Dataset, wanted: NDArray[Any], photometric: str, out: Dataset) -> bool:
     """Decoded, as Explicit VR Little Endian."""
     one_bit = int(ds.BitsAllocated) == 1
     bits = 1 if one_bit else wanted.dtype.itemsize * 8

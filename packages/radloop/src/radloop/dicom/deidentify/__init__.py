@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pydicom
 from pydicom._dicom_dict import DicomDictionary
 from pydicom.dataset import Dataset
@@ -28,8 +29,10 @@ from pydicom.uid import UID
 from radloop.catalog.reason import Reason
 from radloop.dicom import phi, spans
 from radloop.dicom.burned_in import Decision, Pixels
+from radloop.dicom.burned_in.redact import replaced
 from radloop.dicom.deidentify import stowaways
 from radloop.dicom.deidentify.check import REQUIRED_UIDS, TRANSFER_SYNTAXES, check
+from radloop.dicom.deidentify.face_cleaner import FaceCleaner
 from radloop.dicom.deidentify.fast import Fast, Head
 from radloop.dicom.deidentify.items import DUMMY_TEXT, MAX_DEPTH, Items
 from radloop.dicom.deidentify.meta import file_meta
@@ -73,13 +76,20 @@ class Deidentifier:
         profile: `research` (dates shifted, sex and age kept), `basic` (neither), or what `profile.chosen` made.
         pixels: finds and removes text in the pixels; None: nobody looks, and what the header declares is refused, unless
             the profile has the option clean-pixel-data.
+        face_cleaner: what `faces.clean_series` gives series of heads to under the option clean-visual-features; None: they
+            are refused.
 
     Raises:
-        SettingsError: no such profile, or `pixels` contradicts it.
+        SettingsError: no such profile, or `pixels` or `face_cleaner` contradicts it.
     """
 
     def __init__(
-        self, pseudonymiser: Pseudonymiser, *, profile: str | Profile = "research", pixels: Pixels | None = None
+        self,
+        pseudonymiser: Pseudonymiser,
+        *,
+        profile: str | Profile = "research",
+        pixels: Pixels | None = None,
+        face_cleaner: FaceCleaner | None = None,
     ) -> None:
         self.pseudonymiser = pseudonymiser
         self.profile: Profile = profile if isinstance(profile, Profile) else named(profile)
@@ -90,7 +100,14 @@ class Deidentifier:
                 expected='[deidentify] pixels = "clean"',
                 got=self.pixels.mode,
             )
-        self.digest: str = _digest(self.profile, self.pixels)
+        self.face_cleaner = face_cleaner
+        if face_cleaner is not None and not self.profile.cleans_faces:
+            raise SettingsError(
+                "there is a face cleaner, and the option clean-visual-features (113102) is not chosen: it would never run",
+                expected="both, or neither",
+                next_step='[deidentify] options = ["clean-visual-features"], or --option clean-visual-features',
+            )
+        self.digest: str = _digest(self.profile, self.pixels, face_cleaner)
         self._fast = Fast(self.profile, pseudonymiser, self._clean)
         self._codes = frozenset(code for code, _ in self.profile.codes)
         self.kept_keywords: frozenset[str] = frozenset(
@@ -119,10 +136,10 @@ class Deidentifier:
         return self._clean_all(ds, site, None)[0]
 
     def _clean_all(
-        self, ds: Dataset, site: str, tally: Counter[tuple[str, str]] | None
+        self, ds: Dataset, site: str, tally: Counter[tuple[str, str]] | None, *, faceless: bool = False
     ) -> tuple[Dataset, Dataset, str]:
         """The pixels and then the header: the clean instance, what its pixels are of, what was done about them."""
-        check(ds, self.profile, self.pseudonymiser.key_id)  # before a codec is asked
+        check(ds, self.profile, self.pseudonymiser.key_id, faceless=faceless)  # before a codec is asked
         try:
             decision = self.pixels.decide(ds)
             without = self.pixels.cleaned(ds) if decision.reads_pixels else None
@@ -130,11 +147,15 @@ class Deidentifier:
             raise
         except Exception as error:  # noqa: BLE001 - bytes that are not what their VR says; the message may quote them
             refuse(Reason.NOT_DICOM, f"the image's header cannot be read ({type(error).__name__})", "DICOM elements")
-        out = self._clean(ds if without is None else without, site, tally)
+        out = self._clean(ds if without is None else without, site, tally, faceless=faceless)
+        said = self._said(decision, found=without is not None)
+        if faceless:
+            out.RecognizableVisualFeatures = "NO"
+            said = f"faces by the face cleaner; {said or 'text not looked at'}"
         if without is not None:
             out.BurnedInAnnotation = "NO"
             out.DeidentificationMethodCodeSequence.append(_code("113101", "Clean Pixel Data Option"))
-        return out, ds if without is None else without, self._said(decision, found=without is not None)
+        return out, ds if without is None else without, said
 
     def _said(self, decision: Decision, *, found: bool) -> str:
         if self.pixels.mode == "off":
@@ -142,8 +163,10 @@ class Deidentifier:
         done = "text removed" if found else "looked at, no text found" if decision.look else "not looked at"
         return f"{decision.rule}: {done}"
 
-    def _clean(self, ds: Dataset, site: str, tally: Counter[tuple[str, str]] | None) -> Dataset:
-        syntax, iod = check(ds, self.profile, self.pseudonymiser.key_id)
+    def _clean(
+        self, ds: Dataset, site: str, tally: Counter[tuple[str, str]] | None, *, faceless: bool = False
+    ) -> Dataset:
+        syntax, iod = check(ds, self.profile, self.pseudonymiser.key_id, faceless=faceless)
         patient = self.pseudonymiser.patient(text_of(ds, "PatientID"), text_of(ds, "IssuerOfPatientID") or site)
         shift = self.pseudonymiser.day_shift(patient)
         items = Items(self.profile, self.pseudonymiser, ds, iod=iod, shift_days=shift, syntax=UID(syntax), tally=tally)
@@ -167,6 +190,7 @@ class Deidentifier:
         site: str,
         tally: Counter[tuple[str, str]] | None = None,
         digest: bool = True,
+        faceless: Path | None = None,
     ) -> CleanedFile:
         """Clean one file, pass it through the PHI gate and make it visible at `target` by one rename.
 
@@ -177,7 +201,8 @@ class Deidentifier:
             source: an identified DICOM file; target: a path without identifying parts (its name is checked);
             site: as in `clean`;
             tally: counts what was done by (keyword path without item numbers, `Action` name), if given;
-            digest: whether to compute `file_sha256`, which takes as long as all else.
+            digest: whether to compute `file_sha256`, which takes as long as all else;
+            faceless: the instance's pixels without a face, as `faces.clean_series` wrote them: they take the place of its own.
 
         Raises:
             DicomError: as `clean`, and NOT_DICOM or TRUNCATED if the file cannot be read.
@@ -186,14 +211,13 @@ class Deidentifier:
         """
         decided: list[Decision] = []
         gate = partial(self._gate_bytes, name=target.name, decided=decided)
-        written = rewrite(self._fast, source, target, site=site, tally=tally, gate=gate, digest=digest)
-        if written is not None:
-            return _cleaned_file(written, self._said(decided[-1], found=False))
-        data = source.read_bytes()
-        original = read(data)
-        check_whole(data, original)
-        stowaways.remove(original)
-        out, source_of_pixels, said = self._clean_all(original, site, tally)
+        if faceless is None:
+            written = rewrite(self._fast, source, target, site=site, tally=tally, gate=gate, digest=digest)
+            if written is not None:
+                return _cleaned_file(written, self._said(decided[-1], found=False))
+        original = self.opened(source)
+        pictured = original if faceless is None else replaced(original, np.load(faceless, allow_pickle=False))
+        out, source_of_pixels, said = self._clean_all(pictured, site, tally, faceless=faceless is not None)
         data = _written(out)
         self._gate(original, source_of_pixels, data, target.name)
         _put(data, target)
@@ -210,6 +234,18 @@ class Deidentifier:
             tags=tags,
             pixels=said,
         )
+
+    def opened(self, source: Path) -> Dataset:
+        """A file as it is cleaned: whole, and nothing beside its pixels. Raises DicomError as `clean_file`; OSError."""
+        data = source.read_bytes()
+        original = read(data)
+        check_whole(data, original)
+        stowaways.remove(original)
+        return original
+
+    def for_face_cleaner(self, original: Dataset, *, site: str) -> Dataset:
+        """What a face cleaner gets: the header clean, the pixels as they are. Raises DicomError as `clean`."""
+        return self._clean(original, site, None, faceless=True)
 
     def _gate_bytes(self, data: bytes, head: Head, texts: Iterable[str], *, name: str, decided: list[Decision]) -> None:
         """The gate on the bytes of two headers; raises NotPlain where it needs pydicom to read them, or the pixels."""
@@ -335,9 +371,11 @@ def _put(data: bytes, target: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def _digest(profile: Profile, pixels: Pixels) -> str:
+def _digest(profile: Profile, pixels: Pixels, face_cleaner: FaceCleaner | None) -> str:
     """Changes when the profile, its tables, what is done about pixels, or the code that applies them change."""
     told = f"{profile.name} {' '.join(profile.options)} {tables_digest()} {pixels.digest}"
+    if face_cleaner is not None:
+        told += " " + "\0".join(face_cleaner.command)
     digest = hashlib.sha256(told.encode())
     here = Path(__file__).parent
     files = [*here.glob("*.*"), *(here.parent / "burned_in").glob("*.*"), *here.parent.glob("profile*.py")]

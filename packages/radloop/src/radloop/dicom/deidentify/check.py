@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 
 from pydicom.dataset import Dataset
 
@@ -31,10 +33,14 @@ _FACES = frozenset(
     """)
 )
 _VOLUMES = frozenset({"CT", "MR", "PT", "XC"})
+Text = Callable[[str], str]
 
 
-def check(ds: Dataset, profile: Profile, key_id: str) -> tuple[str, str]:
-    """Transfer syntax and IOD of an instance that can be made safe; raises DicomError for any other."""
+def check(ds: Dataset, profile: Profile, key_id: str, *, faceless: bool = False) -> tuple[str, str]:
+    """Transfer syntax and IOD of an instance that can be made safe; raises DicomError for any other.
+
+    `faceless`: a face cleaner has had its pixels.
+    """
     syntax = text_of(getattr(ds, "file_meta", None) or Dataset(), "TransferSyntaxUID")
     if syntax not in TRANSFER_SYNTAXES:
         shown = syntax if re.fullmatch(r"[0-9.]{1,64}", syntax) else "none"
@@ -45,11 +51,11 @@ def check(ds: Dataset, profile: Profile, key_id: str) -> tuple[str, str]:
     iod, kind = storage_classes().get(text_of(ds, "SOPClassUID"), ("", ""))
     _check_kind(iod, kind, profile)
     _check_pixels(ds)
-    if profile.cleans_faces and shows_face(ds):
+    if profile.cleans_faces and not faceless and "PixelData" in ds and shows_face(partial(text_of, ds)):
         refuse(
             Reason.RECOGNIZABLE_FACE,
             "clean-visual-features (113102) is asked for, and the images may show a face",
-            "no head; radloop has no cleaner for faces",
+            "no head, or a cleaner of your own: [deidentify] face_cleaner",
         )
     if f"key {key_id}" in text_of(ds, "DeidentificationMethod").split("\\"):
         refuse(Reason.UNSUPPORTED_OBJECT, "already de-identified by radloop under this key", "an original instance")
@@ -80,9 +86,19 @@ def _check_pixels(ds: Dataset) -> None:
             refuse(Reason.UNSUPPORTED_OBJECT, "an overlay hides in unused bits of the pixels", "no such overlay")
 
 
-def shows_face(ds: Dataset) -> bool:
-    """Whether a volume of these images may be rendered into a face (PS3.15 E.3.2); where nothing is said, it may."""
-    if text_of(ds, "Modality").upper() not in _VOLUMES or "PixelData" not in ds:
-        return False
-    part = re.sub(r"[^A-Z]", "", text_of(ds, "BodyPartExamined").upper())
-    return not part or part in _FACES or any(part.startswith(word) for word in ("HEAD", "FACE", "SKULL", "BRAIN"))
+def volume(text: Text) -> bool:
+    """Whether images of this header are slices or views that a face may be made of."""
+    return text("Modality").upper() in _VOLUMES
+
+
+def shows_face(text: Text) -> bool:
+    """Whether a volume of images of this header may be rendered into a face (PS3.15 E.3.2); where nothing is said, it may.
+
+    Args:
+        text: the value of an attribute, by keyword, as text.
+    """
+    if text("RecognizableVisualFeatures").upper() == "YES":
+        return True
+    part = re.sub(r"[^A-Z]", "", text("BodyPartExamined").upper())
+    told = not part or part in _FACES or any(part.startswith(word) for word in ("HEAD", "FACE", "SKULL", "BRAIN"))
+    return told and volume(text)
