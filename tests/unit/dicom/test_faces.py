@@ -388,6 +388,25 @@ def test_a_tool_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> 
     assert gone(int((tmp_path / "hang.pid").read_text()))
 
 
+def test_ctrl_c_ends_the_tool_and_takes_its_folders_away(tmp_path: Path) -> None:
+    """Whoever stops a run wants it stopped, and no face left lying about."""
+    tool = script(tmp_path / "hang", '#!/bin/sh\nsleep 300 & echo $! > "$0.pid"\nsleep 300\n')
+    (path,) = write(tmp_path / "in", head(1))
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            clean_series(deidentifier(tool), {path: "A"}, tmp_path / "faces")
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert gone(int((tmp_path / "hang.pid").read_text()))
+    assert not list((tmp_path / "faces").iterdir())
+
+
 def test_what_cannot_be_cleaned_at_all_says_so_and_is_not_given(tmp_path: Path, defacer: Path) -> None:
     """A slice without a patient is refused for that, and one with another's UID for that; the others are cleaned."""
     nobody, twin = head(3), head(2)
@@ -584,6 +603,7 @@ def test_in_the_loop_a_series_is_cleaned_whole_and_refused_whole(tmp_path: Path,
     for path in first:
         ds = pydicom.dcmread(home / "archive" / path)
         assert bool(ds.pixel_array[:8].any()) is (ds.BodyPartExamined == "CHEST") and "113102" in codes(ds)
+    (home / "landing/.faces/0/input").mkdir(parents=True)  # of a run that was killed; `run` looks whether it goes
     (tmp_path / "tool/flaky.broken").touch()
     write(home / "in", head(4))
     assert len(run()) == 1
