@@ -246,3 +246,23 @@ def test_studies_can_be_fetched_answered_and_sent_back(hospital: Hospital, tmp_p
     (again,) = hospital.answer("--from", "reading", "--study", uid)
     assert "nothing new" in again["message"]
     assert "canary" not in json.dumps(told).lower() and "MRN-8" not in json.dumps(told)
+
+
+def test_results_can_be_withdrawn_where_they_were_sent(hospital: Hospital) -> None:
+    """A wrong report that nobody can take back is read for ever; a second note for the same would confuse."""
+    hospital.receive(study(41))
+    [told] = hospital.answer()
+    uid = str(pydicom.dcmread(io.BytesIO(study(41))).StudyInstanceUID)
+    options = ("--withdraw", "patient safety", "--from", "reading", "--study", uid)
+    sent = {str(ds.SOPInstanceUID) for ds in hospital.stored(uid)}
+    assert [(one["study"], one["withdrawn"]) for one in hospital.answer(*options)] == [(told["study"], len(sent))]
+    [note] = [ds for ds in hospital.stored(uid) if ds.Modality == "KO"]
+    named = {
+        str(item.ReferencedSOPInstanceUID)
+        for series in note.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence
+        for item in series.ReferencedSOPSequence
+    }
+    assert named == sent and note.PatientID == "MRN-41"
+    assert [one["withdrawn"] for one in hospital.answer(*options)] == [0]
+    assert [row.subject for row in hospital.rows("withdrawal")] == [told["study"]]
+    assert hospital.answer() == [], "what was withdrawn is not said again"

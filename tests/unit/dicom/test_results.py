@@ -164,7 +164,7 @@ def test_segments_are_valid_and_refer_to_their_slices(ct: Dataset, tmp_path: Pat
 def test_a_rejection_note_names_what_it_withdraws(ct: Dataset, why: str, tmp_path: Path, dciodvfy: str) -> None:
     """A wrong result that cannot be withdrawn stays in front of readers."""
     wrong = report(ct)
-    made = results.rejection([wrong], why, ALGORITHM, at=AT)
+    made = results.rejection([wrong], why, at=AT)
     assert problems(made, tmp_path, dciodvfy) == []
     named = made.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0].ReferencedSOPSequence[0]
     assert named.ReferencedSOPInstanceUID == wrong.SOPInstanceUID

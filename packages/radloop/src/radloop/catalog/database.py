@@ -24,7 +24,7 @@ from radloop.errors import EngineError, SettingsError
 
 T = TypeVar("T")
 
-SCHEMA_VERSIONS = ("0001", "0002")
+SCHEMA_VERSIONS = ("0001", "0002", "0003")
 """Every schema version this code knows, oldest first; the last is what it works with."""
 
 BUSY_TIMEOUT_MS = 30_000

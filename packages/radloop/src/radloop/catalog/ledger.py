@@ -41,6 +41,7 @@ class Kind(StrEnum):
     REVISION = "revision"
     PATIENTS = "patients"
     RESULT = "result"
+    WITHDRAWAL = "withdrawal"
     AUDIT = "audit"
 
 

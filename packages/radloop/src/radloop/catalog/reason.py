@@ -32,6 +32,8 @@ class Reason(StrEnum):
     UNSUPPORTED_OBJECT = "UNSUPPORTED_OBJECT"
     RECOGNIZABLE_FACE = "RECOGNIZABLE_FACE"
     """The option clean-visual-features is asked for, and the images may show a face."""
+    WITHDRAWN = "WITHDRAWN"
+    """A rejection note names it (IHE IOCM)."""
     MULTI_CHANNEL = "MULTI_CHANNEL"
     MULTI_FRAME = "MULTI_FRAME"
     UNSUPPORTED_IMAGE = "UNSUPPORTED_IMAGE"
@@ -52,6 +54,7 @@ RELEASABLE = frozenset(
         Reason.EMPTY_IMAGE,
         Reason.SATURATED_IMAGE,
         Reason.SCHEMA_ANOMALY,
+        Reason.WITHDRAWN,
     }
 )
 """What a person may overrule. All else cannot be used as it is (no pixels, no patient) or may not be (PHI)."""

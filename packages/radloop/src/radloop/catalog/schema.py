@@ -265,6 +265,16 @@ pacs_queries = Table(
     Column("through", string(10), nullable=False),
 )
 
+# Instances that a rejection note named, here or not.
+withdrawn = Table(
+    "withdrawn",
+    metadata,
+    Column("sop_uid", string(64), primary_key=True),
+    Column("note", string(64), nullable=False),
+    Column("why", string(64), nullable=False),
+    Column("at", string(32), nullable=False),
+)
+
 label_requests = Table(
     "label_requests",
     metadata,

@@ -10,9 +10,10 @@ from radloop.catalog.ledger import Ledger
 from radloop.catalog.lineage import Lineage
 from radloop.catalog.patients import Patients
 from radloop.catalog.studies import Studies
+from radloop.catalog.withdrawals import Withdrawals
 
 
-class Catalog(Studies, Labels, Lineage, Patients, Fetched):
+class Catalog(Studies, Withdrawals, Labels, Lineage, Patients, Fetched):
     """Instances, studies, quarantine, labels, patients' parts, dataset versions, models and the ledger of one project.
 
     Safe for several threads and several processes. Nothing identified is in it.

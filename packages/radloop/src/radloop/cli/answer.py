@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import shutil
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -45,6 +46,7 @@ def register(app: typer.Typer) -> None:
             "radloop answer --to reading-pacs",
             "radloop answer --to reading-pacs --follow",
             "radloop answer --from archive --accession A1234 --to reading-pacs",
+            'radloop answer --withdraw "patient safety" --from reading-pacs --study 1.2.3 --to reading-pacs',
         ),
         after="`radloop ledger --kind result` lists what was sent; `radloop trace PREDICTION` leads back to the training images.",
     )
@@ -70,6 +72,10 @@ def register(app: typer.Typer) -> None:
         deadline_s: Annotated[
             float, typer.Option("--deadline-s", help="What has no answer by then is reported as not analysed.")
         ] = DEADLINE_S,
+        withdraw: Annotated[
+            Literal["quality", "patient safety"] | None,
+            typer.Option("--withdraw", help="With --from: send a rejection note for our results there instead."),
+        ] = None,
         project: Project = HERE,
         json: Json = False,
     ) -> None:
@@ -81,6 +87,12 @@ def register(app: typer.Typer) -> None:
         for each state of a study and model version: run it as often as you like.
         """
         settings = settings_at(project)
+        if withdraw and not source:
+            raise DataError(
+                "whose results are withdrawn?",
+                expected="--from with --accession or --study, where they are now",
+                next_step="radloop answer --help",
+            )
         if bool(accession or study) != bool(source):
             raise DataError(
                 "which studies?",
@@ -89,7 +101,7 @@ def register(app: typer.Typer) -> None:
             )
         told = run(
             project, settings, to=to, source=source, accessions=accession or [], studies=study or [],
-            since_hours=since_hours, follow=follow, deadline_s=deadline_s, quiet=json,
+            since_hours=since_hours, follow=follow, deadline_s=deadline_s, withdraw=withdraw, quiet=json,
         )  # fmt: skip
         if json:
             output.print_json({"studies": told})
@@ -108,6 +120,7 @@ def run(
     since_hours: float,
     follow: bool,
     deadline_s: float,
+    withdraw: str | None,
     quiet: bool,
 ) -> list[dict[str, Any]]:
     """Answer what there is, or go on until a signal says stop; for each study what became of it."""
@@ -120,7 +133,9 @@ def run(
         desk = Desk(project, settings, catalog, pacs, deadline_s)
         since = datetime.now(UTC) - timedelta(hours=since_hours)
         while not stop.is_set():
-            if source is not None:
+            if source is not None and withdraw is not None:
+                found = desk.withdraw(source, accessions, studies, withdraw)
+            elif source is not None:
                 found = desk.answer_fetched(source, accessions, studies)
             else:
                 found = desk.answer_received(since.isoformat())
@@ -170,11 +185,22 @@ class Desk:
 
     def answer_fetched(self, source: str, accessions: list[str], studies: list[str]) -> list[dict[str, Any]]:
         """Studies fetched from a PACS into memory; nothing of them is kept."""
+        digest, told = self._champion(), []
+        for study, files in self._fetched(source, accessions, studies):
+            one = self._answer(study, files, digest, site=self._settings.pacs[source].site)
+            told.append(one or {"study": study, "message": f"{study[-12:]}: nothing new to analyse"})
+        return told
+
+    def withdraw(self, source: str, accessions: list[str], studies: list[str], why: str) -> list[dict[str, Any]]:
+        """Send rejection notes for all of our results in studies at a PACS that no note names yet."""
+        return [self._withdraw(study, files, why) for study, files in self._fetched(source, accessions, studies)]
+
+    def _fetched(self, source: str, accessions: list[str], studies: list[str]) -> Iterator[tuple[str, list[bytes]]]:
+        """Pseudonym and files of each study, as it is fetched."""
         from radloop.dicom.pacs import Query
         from radloop.stages.project import open_pacs, pseudonymiser
 
         names = pseudonymiser(self._project, self._settings.deidentify.key)
-        digest, told = self._champion(), []
         with open_pacs(self._project, source) as archive:
             queries = [Query(accessions=(one,)) for one in accessions] + [Query(study_uids=(one,)) for one in studies]
             uids = list(dict.fromkeys(found.study_uid for query in queries for found in archive.find(query)))
@@ -182,15 +208,35 @@ class Desk:
             for uid in uids:
                 files: list[bytes] = []
                 archive.fetch(uid, lambda data, files=files: files.append(bytes(data)))  # type: ignore[misc]
-                site = self._settings.pacs[source].site
-                one = self._answer(names.uid(uid), files, digest, site=site)
-                nothing = f"{names.uid(uid)[-12:]}: nothing new to analyse"
-                told.append(one or {"study": names.uid(uid), "message": nothing})
+                yield names.uid(uid), files
         if not uids:
             raise DataError(
                 "no such study at the PACS", expected="a study that it lists", got="none", next_step="radloop pacs find"
             )
-        return told
+
+    def _withdraw(self, study: str, files: Sequence[bytes], why: str) -> dict[str, Any]:
+        from radloop.dicom import results
+        from radloop.dicom.rejections import read_note, rejected
+        from radloop.serving.model import read_dicom
+
+        there = [read_dicom(data) for data in files]
+        gone = rejected(there)
+        ours = [
+            ds for ds in there if results.is_result(ds) and read_note(ds) is None and str(ds.SOPInstanceUID) not in gone
+        ]
+        if not ours:
+            return {"study": study, "withdrawn": 0, "message": f"{study[-12:]}: no result of ours to withdraw"}
+        note = results.rejection(ours, why, at=datetime.now().astimezone())
+        folder = self._project / "landing" / ".results"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as outbox:
+            path = Path(outbox) / "note.dcm"
+            note.save_as(path, enforce_file_format=True)
+            self._sent([path], study)
+        payload = {"why": why, "instances": len(ours), "to": self._pacs.name}
+        self._catalog.ledger.append("withdrawal", study, payload, actor=_ACTOR)
+        message = f"{study[-12:]}: {len(ours)} results withdrawn at {self._pacs.name} ({why})"
+        return {"study": study, "withdrawn": len(ours), "message": message}
 
     def _answer(
         self, study: str, files: Sequence[bytes], digest: str, *, through: int = 0, site: str | None = None
@@ -323,7 +369,8 @@ class Desk:
     def _former(self, study: str) -> LedgerRow | None:
         rows = self._catalog.ledger.rows(kind="result", subject=study)
         sent = [row for row in rows if row.payload["to"] == self._pacs.name]
-        return sent[-1] if sent else None
+        taken_back = [row.seq for row in self._catalog.ledger.rows(kind="withdrawal", subject=study)]
+        return sent[-1] if sent and sent[-1].seq > max(taken_back, default=0) else None
 
     def _cited(self, former: LedgerRow, study_uid: str) -> Dataset:
         """The former report of this study, as the new one cites it."""

@@ -116,6 +116,10 @@ class Landing:
         """Where instances are registered."""
         return self._catalog
 
+    def pseudonym(self, uid: str) -> str:
+        """What stands for a UID."""
+        return self._uid(uid)
+
     # Receiving
 
     def receive(self, data: bytes | Path, *, site: str, sender: str, relative_path: str | None = None) -> Outcome:

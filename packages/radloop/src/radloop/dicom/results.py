@@ -257,18 +257,18 @@ def segmentation(
     return _finished(made, algorithm, at)
 
 
-def rejection(
-    instances: Sequence[Dataset], why: str, algorithm: Algorithm, *, at: datetime
-) -> KeyObjectSelectionDocument:
+def rejection(instances: Sequence[Dataset], why: str, *, at: datetime) -> KeyObjectSelectionDocument:
     """A rejection note (Key Object Selection): archives hide the instances it names (IHE IOCM).
 
     Args:
-        instances: our own results that are withdrawn.
+        instances: our own results that are withdrawn, of one study.
         why: `quality`, `patient safety` or `incorrect worklist entry`.
     """
     from highdicom.ko import KeyObjectSelection, KeyObjectSelectionDocument
 
     evidence = _evidence(instances)
+    version, digest = [*(str(one) for one in evidence[0].get("SoftwareVersions") or []), "", ""][:2]
+    algorithm = Algorithm(name=str(evidence[0].get("ManufacturerModelName") or ""), version=version, digest=digest)
     names = "".join(sorted(str(ds.SOPInstanceUID) for ds in evidence))
     made = KeyObjectSelectionDocument(
         evidence=evidence,

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
 from radloop.dicom import results
+from radloop.dicom.rejections import rejected
 from radloop.dicom.results import Algorithm, Analysis
 from radloop.errors import DicomError, ServingError
 from radloop.serving.client import Prediction
@@ -58,13 +59,17 @@ class Image(msgspec.Struct, frozen=True):
 
 
 def images_of(files: Sequence[bytes]) -> list[Image]:
-    """The images among a study's files, DICOM Part 10; not our own results, which must not be answered again for ever."""
-    found = []
-    for data in files:
-        ds = _readable(data)
-        if ds is not None and not results.is_result(ds) and "Rows" in ds:
-            found.append(Image(ds, data))
-    return found
+    """The images among a study's files, DICOM Part 10.
+
+    Not our own results, which must not be answered again for ever; nor what a rejection note in the study names.
+    """
+    read = [(ds, data) for data in files if (ds := _readable(data)) is not None]
+    gone = rejected(ds for ds, _ in read)
+    return [
+        Image(ds, data)
+        for ds, data in read
+        if "Rows" in ds and not results.is_result(ds) and str(ds.get("SOPInstanceUID")) not in gone
+    ]
 
 
 def state_of(images: Sequence[Image]) -> str:

@@ -56,6 +56,7 @@ def ingest(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from radloop.dicom.rejections import take_notes
     from radloop.stages.completeness import release_complete
     from radloop.stages.project import open_catalog, open_landing
 
@@ -69,6 +70,8 @@ def ingest(
         if (batch := catalog.seal_ingest(actor="ingest")) is not None:
             log(f"new since the last run: {batch}")
         waits = release_complete(home, landing, catalog)
+        if withdrawn := take_notes(landing, catalog, actor="ingest"):
+            log(f"{withdrawn} instances were withdrawn by rejection notes; see `radloop quarantine list`")
         current = [*catalog.ready(), *catalog.archived()]
         if not current:
             _nothing_yet(waits)

@@ -42,6 +42,7 @@ MEANING = {
     Reason.BURNED_IN_TEXT: "text was found in the image",
     Reason.UNSUPPORTED_OBJECT: "an object that cannot be de-identified safely yet",
     Reason.RECOGNIZABLE_FACE: "the images may show a face",
+    Reason.WITHDRAWN: "a rejection note names it",
     Reason.MULTI_CHANNEL: "a colour image",
     Reason.MULTI_FRAME: "several frames in one instance",
 }
