@@ -131,7 +131,7 @@ class Record:
                 next_step="wait for it to end (radloop status), or end that process",
             )
         bound = _bind(pipeline, {name: path for name, path in (inputs or {}).items() if path is not None})
-        run_id = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(3)
+        run_id = _new_id()
         given = {name: _relative(path, home) for name, path in bound.items()}
         record = cls(pipeline, home, run_id, engine, given, tuple(dict.fromkeys(filter(None, (account(), by)))))
         record.folder.mkdir(parents=True)
@@ -312,6 +312,12 @@ def _bind(pipeline: Pipeline, inputs: dict[str, Path]) -> dict[str, Path]:
                 f"input {given.name!r} of {pipeline.name} is of another kind", expected=given.kind, got=kind
             )
     return inputs
+
+
+def _new_id() -> str:
+    """Ids sort as runs began: the newest run is looked for by its id, and two may begin within one second."""
+    now_us = time.time_ns() // 1000
+    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(now_us // 10**6))}-{now_us % 10**6:05x}{secrets.token_hex(1)}"
 
 
 def _relative(path: Path, home: Path) -> str:
