@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pydicom
 import pytest
 
@@ -106,6 +107,8 @@ def test_a_study_gets_its_result_once_and_under_its_own_name(hospital: Hospital)
         original = pydicom.dcmread(io.BytesIO(study(number)))
         report, picture = sorted(hospital.stored(str(original.StudyInstanceUID)), key=lambda ds: ds.Modality == "OT")
         assert report.Modality == "SR" and picture.BurnedInAnnotation == "YES"
+        red, _, blue = np.moveaxis(picture.pixel_array.astype(int), -1, 0)
+        assert (red > blue).any(), "where the answer came from is shown in colour"
         for made in (report, picture):
             assert (made.PatientID, made.PatientName) == (f"MRN-{number}", original.PatientName)
             assert made.AccessionNumber == original.AccessionNumber

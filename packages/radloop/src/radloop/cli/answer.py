@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from radloop.catalog.schema import LedgerRow, StudyState
     from radloop.catalog.store import Catalog
     from radloop.dicom.pacs import Pacs
-    from radloop.serving.reading import Reading, Served
+    from radloop.learning.package import Packaged
+    from radloop.serving.reading import Heat, Reading, Served
     from radloop.settings import Settings
 
 DEADLINE_S = 300.0
@@ -158,6 +159,7 @@ class Desk:
         self._project, self._settings, self._catalog = project, settings, catalog
         self._pacs, self._deadline_s = pacs, deadline_s
         self._again: dict[tuple[str, int], float] = {}
+        self._opened: dict[str, Packaged] = {}
 
     def answer_received(self, since: str) -> list[dict[str, Any]]:
         """Complete studies of the listener that have no result yet, from landing: identity never leaves the hospital."""
@@ -329,7 +331,19 @@ class Desk:
         inputs = msgspec.json.decode((folder / "inputs.json").read_bytes(), type=Inputs)
         decision = msgspec.json.decode((folder / "decision.json").read_bytes(), type=Decision)
         algorithm = Algorithm(name=identity.task, version=known[0].version, digest=digest)
-        return Served(algorithm=algorithm, finding=inputs.positive, threshold=decision.threshold)
+        heat = self._heat(digest, folder)
+        return Served(algorithm=algorithm, finding=inputs.positive, threshold=decision.threshold, heat=heat)
+
+    def _heat(self, digest: str, folder: Path) -> Heat:
+        def heat(image: Dataset) -> Any:
+            from radloop.learning.package import Packaged
+            from radloop.serving import reading
+
+            if digest not in self._opened:
+                self._opened = {digest: Packaged(folder)}
+            return reading.heat(self._opened[digest], image)
+
+        return heat
 
     def _landed(self, state: StudyState) -> list[bytes]:
         from radloop.stages.project import open_landing

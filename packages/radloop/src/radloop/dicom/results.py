@@ -355,6 +355,7 @@ def _drawn(
         f"{analysis.finding}: probability {analysis.probability:.3f}, {side} {analysis.threshold:.3f}",
         f"{algorithm.name} version {algorithm.version}, {algorithm.digest[:12]}",
         f"prediction {analysis.prediction_id}",
+        *(["colour: covering this part makes the answer fall"] if heat is not None else []),
     ]
     size = width // 36
     canvas = Image.new("RGB", (width, shown.shape[0] + (len(words) + 1) * (size + 6)))

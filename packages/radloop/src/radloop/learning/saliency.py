@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 SCALE = 2
-_PATCHES = 8
+"""Pixels of a picture for each of the image's."""
+PATCHES = 8
+"""Squares a side that are covered, one after the other."""
+_AT_ONCE = 8
 
 
 def grad_cam(network: nn.Module, images: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -51,15 +54,17 @@ def grad_cam(network: nn.Module, images: NDArray[np.float32]) -> NDArray[np.floa
 def occlusion(network: Network, images: NDArray[np.float32]) -> NDArray[np.float32]:
     """As `grad_cam`, from answers alone: how far the logit falls towards 0 as each square of 8 x 8 is made grey."""
     heat = np.empty(images[:, 0].shape, np.float32)
-    edges = np.linspace(0, images.shape[-1], _PATCHES + 1).astype(int)
+    edges = np.linspace(0, images.shape[-1], PATCHES + 1).astype(int)
     squares = [np.s_[a:b, c:d] for a, b in pairwise(edges) for c, d in pairwise(edges)]
     for image, map_ in zip(images, heat, strict=True):
-        covered = np.repeat(image[np.newaxis], len(squares) + 1, axis=0)
-        for one, square in zip(covered, squares, strict=False):
-            one[0][square] = image.mean()
-        *without, whole = network.logits(covered)
-        for logit, square in zip(without, squares, strict=True):
-            map_[square] = max((whole - logit) * np.sign(whole), 0)
+        (whole,) = network.logits(image[np.newaxis])
+        for start in range(0, len(squares), _AT_ONCE):
+            some = squares[start : start + _AT_ONCE]
+            covered = np.repeat(image[np.newaxis], len(some), axis=0)
+            for one, square in zip(covered, some, strict=True):
+                one[0][square] = image.mean()
+            for logit, square in zip(network.logits(covered), some, strict=True):
+                map_[square] = max((whole - logit) * np.sign(whole), 0)
     top = heat.max(axis=(1, 2), keepdims=True)
     return np.asarray(heat / np.where(top > 0, top, 1), np.float32)
 

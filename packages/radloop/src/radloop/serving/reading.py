@@ -21,6 +21,8 @@ from radloop.dicom import results
 from radloop.dicom.rejections import rejected
 from radloop.dicom.results import Algorithm, Analysis
 from radloop.errors import DicomError, ServingError
+from radloop.learning import saliency
+from radloop.learning.package import Packaged
 from radloop.serving.client import Prediction
 from radloop.serving.model import read_dicom
 
@@ -28,14 +30,23 @@ Ask = Callable[[bytes, float], Prediction]
 """Asks the gateway about one file, within so many seconds. Raises ServingError."""
 
 _REASON_LENGTH = 48
+_LONGEST_HEAT_S = 20.0
+
+
+Heat = Callable[[Dataset], NDArray[np.float32] | None]
+"""Where an image's answer comes from: `(rows, columns)`, 0 to 1, or None where that cannot be said in time."""
 
 
 class Served(msgspec.Struct, frozen=True, kw_only=True):
-    """What is to be known of a served model: its name and version, what label 1 means, where its decision begins."""
+    """What is to be known of a served model.
+
+    Its name and version, what label 1 means, where its decision begins, and where in an image an answer comes from.
+    """
 
     algorithm: Algorithm
     finding: str
     threshold: float
+    heat: Heat
 
 
 class Reading(msgspec.Struct, frozen=True, kw_only=True):
@@ -166,7 +177,28 @@ def _analysis(answer: Prediction | str, served: Served) -> Analysis | str:
 def _picture(images: Sequence[Dataset], said: Sequence[Analysis | str], facts: Served, at: datetime) -> Dataset:
     analysed = [(image, one) for image, one in zip(images, said, strict=True) if not isinstance(one, str)]
     image, analysis = max(analysed, key=lambda pair: pair[1].probability)
-    return results.picture(image, None, shown(image), analysis, facts.algorithm, at=at)
+    return results.picture(image, facts.heat(image), shown(image), analysis, facts.algorithm, at=at)
+
+
+def heat(packaged: Packaged, image: Dataset) -> NDArray[np.float32] | None:
+    """How far an answer falls as each part of the image is covered, on the image's own grid: `(rows, columns)`, 0 to 1.
+
+    None where the network is so slow that the study's deadline could pass over it.
+    """
+    seen = packaged.preprocessing.from_dataset(image)[np.newaxis]
+    began = time.monotonic()
+    packaged.logits(seen)
+    if (time.monotonic() - began) * saliency.PATCHES**2 > _LONGEST_HEAT_S:
+        return None
+    (map_,) = saliency.occlusion(packaged.network, seen)
+    return _unpadded(map_, int(image.Rows), int(image.Columns))
+
+
+def _unpadded(square: NDArray[np.float32], rows: int, columns: int) -> NDArray[np.float32]:
+    """A map of the centre-padded square (`Preprocessing.native`) on the grid of the image within it."""
+    side = max(rows, columns)
+    down, across = (((np.arange(n) + (side - n) // 2) * len(square)) // side for n in (rows, columns))
+    return square[np.ix_(down, across)]
 
 
 def shown(image: Dataset) -> NDArray[np.uint8]:
