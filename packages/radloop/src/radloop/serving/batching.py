@@ -45,7 +45,7 @@ class Batcher:
         return self._waiting.qsize()
 
     def submit(self, images: NDArray[np.float32]) -> asyncio.Future[Answer]:
-        """Queue images that were checked; from the event loop. A cancelled future is not computed if it still waits."""
+        """Queue images that were checked; from the event loop. What is done (cancelled, too late) is not computed."""
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._waiting.put((images, future))
         return future
@@ -59,7 +59,7 @@ class Batcher:
 
     def _run(self) -> None:
         while (first := self._waiting.get()) is not None:
-            taken = [one for one in self._share(first) if not one[1].cancelled()]
+            taken = [one for one in self._share(first) if not one[1].done()]
             if not taken:
                 continue
             answers = self._answers([images for images, _ in taken])
@@ -91,6 +91,8 @@ class Batcher:
             probabilities, decisions = self._compute(many[0] if len(many) == 1 else np.concatenate(many))
         except Exception as error:  # noqa: BLE001 - handed to whoever asked
             return [error] if len(many) == 1 else [self._answers([one])[0] for one in many]
+        if len(many) == 1:
+            return [(probabilities, decisions)]
         ends = np.cumsum([len(one) for one in many])[:-1]
         return list(zip(np.split(probabilities, ends), np.split(decisions, ends), strict=True))
 

@@ -11,7 +11,7 @@ import hashlib
 import os
 import threading
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypedDict
@@ -83,7 +83,7 @@ class PredictionLog:
         self.path = directory / f"{name}-{start}-{os.getpid()}-{uuid.uuid4().hex[:4]}.jsonl"
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
         self._encoder = msgspec.json.Encoder()
-        self._rows: list[tuple[PredictionRow, NDArray[np.float32] | None]] = []
+        self._rows: list[tuple[Callable[[], PredictionRow] | PredictionRow, NDArray[np.float32] | None]] = []
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._interval_s = interval_s
@@ -92,10 +92,13 @@ class PredictionLog:
         self._thread = threading.Thread(target=self._run, name="prediction-log", daemon=True)
         self._thread.start()
 
-    def append(self, row: PredictionRow, tensor: NDArray[np.float32] | None = None) -> None:
+    def append(
+        self, row: PredictionRow | Callable[[], PredictionRow], tensor: NDArray[np.float32] | None = None
+    ) -> None:
         """Hand a row over; returns at once. Safe from any thread.
 
         Args:
+            row: or what makes it, called once and in the background.
             tensor: what was predicted; its digest becomes `input_digest` when the row is written, not while a client
                 waits.
         """
@@ -123,16 +126,19 @@ class PredictionLog:
             rows, self._rows = self._rows, []
         if not rows:
             return
-        for row, tensor in rows:
-            if tensor is not None:
+        made = []
+        for given, tensor in rows:
+            row = given() if callable(given) else given
+            if tensor is not None:  # hashlib lets other threads run meanwhile
                 row["input_digest"] = hashlib.sha256(np.ascontiguousarray(tensor).data).hexdigest()
-        data = b"".join(self._encoder.encode(row) + b"\n" for row, _ in rows)
+            made.append(row)
+        data = b"".join(self._encoder.encode(row) + b"\n" for row in made)
         try:
             self._write(data)
         except OSError:
             self.failures += 1
             with self._lock:
-                self._rows = rows + self._rows
+                self._rows = [(row, None) for row in made] + self._rows
 
     def _write(self, data: bytes) -> None:
         """All of it or, as far as the file is concerned, nothing: a half-written batch is cut off again."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 
@@ -22,9 +25,25 @@ class Metrics:
             "radloop_batch_images", "Images in one call of the model.",
             buckets=(1, 2, 4, 8, 16, 32), registry=self.registry,
         )  # fmt: skip
-        self.under_way = Gauge("radloop_requests_under_way", "Inference requests under way.", registry=self.registry)
-        self.waiting = Gauge("radloop_requests_waiting", "Requests no thread has taken yet.", registry=self.registry)
-        self.unlogged = Gauge("radloop_predictions_unlogged", "Rows not on disk yet.", registry=self.registry)
+        self._counted = lru_cache(maxsize=256)(self.requests.labels)  # looking labels up costs as much as counting
+        self._timed = lru_cache(maxsize=64)(self.seconds.labels)
         Gauge("radloop_model", "The model served.", ["digest", "version"], registry=self.registry).labels(
             digest, version
         ).set(1)
+
+    def answered(self, protocol: str, role: str, status: str, reason: str, seconds: float) -> None:
+        """A request was answered."""
+        self._counted(protocol, role, status, reason).inc()
+        self._timed(status).observe(seconds)
+
+    def watch(
+        self, under_way: Callable[[], float], waiting: Callable[[], float], unlogged: Callable[[], float]
+    ) -> None:
+        """What is asked for when somebody reads the metrics."""
+        gauges = {
+            "radloop_requests_under_way": ("Inference requests under way.", under_way),
+            "radloop_requests_waiting": ("Requests no thread has taken yet.", waiting),
+            "radloop_predictions_unlogged": ("Rows not on disk yet.", unlogged),
+        }
+        for name, (told, ask) in gauges.items():
+            Gauge(name, told, registry=self.registry).set_function(ask)

@@ -87,7 +87,6 @@ class Rest:
 
     async def _metrics_page(self, request: Request) -> Response:
         del request
-        self._core.metrics.unlogged.set(self._core.log.pending)
         page = generate_latest(self._core.metrics.registry)
         return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
 
