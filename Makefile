@@ -9,7 +9,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 BIN := .venvs/core/bin
 # `make run ARGS="--size small --fresh"`, `make test ARGS="tests/unit/dicom -x"`
 ARGS ?=
-# Tests at once; a file's tests stay together.
+# Tests at once; a file's tests stay together, in the order of the folders: the long ones come first, and nobody waits for them.
 JOBS ?= 2
 # `make airflow`: the project's folder, and the port on which Airflow answers.
 PROJECT ?= .
@@ -31,7 +31,7 @@ setup: ## make the environments that locks/ describes (PYTHON= names a Python 3.
 
 .PHONY: test
 test: setup ## run the tests (ARGS: options of pytest)
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 .PHONY: test-cluster
 test-cluster: setup ## run the Kubernetes engine's tests on a cluster of this machine (root; RADLOOP_TEST_CLUSTER names what makes one)
