@@ -37,6 +37,7 @@ MEANING = {
     "BURNED_IN_DECLARED": "it declares identifying text in the pixels",
     "BURNED_IN_TEXT": "text was found in its pixels",
     "UNSUPPORTED_OBJECT": "objects of this kind cannot be handled",
+    "WITHDRAWN": "a rejection note names it: whoever made it says that nobody should use it",
     "RECOGNIZABLE_FACE": "the images may show a face, and the project asks that none does",
     "MULTI_CHANNEL": "it has colour channels that differ",
     "MULTI_FRAME": "it has several frames",
