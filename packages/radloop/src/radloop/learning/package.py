@@ -41,6 +41,7 @@ Of a network that gives probabilities: in those.
 _OPSET = 17
 _COMPARED = 256
 _REFERENCES = 8
+_ONE = np.float32(1).view(np.uint32)
 S = TypeVar("S", bound=msgspec.Struct)
 
 
@@ -292,7 +293,8 @@ class Packaged:
         if images.ndim != 4 or images.shape[1:] != (1, side, side) or images.dtype != np.float32:
             got = f"{images.dtype} {images.shape}"
             raise DataError("the tensor has another shape or type", expected=f"float32 (n, 1, {side}, {side})", got=got)
-        if len(images) and not (images.min() >= 0 and images.max() <= 1):
+        # Of 0 to 1 the bits, read as integers, are 0 to those of 1; only -0 is left for a second look.
+        if len(images) and images.view(np.uint32).max() > _ONE and not (images.min() >= 0 and images.max() <= 1):
             raise DataError(
                 "the tensor was not preprocessed as the model's images were",
                 expected="values from 0 to 1",

@@ -11,6 +11,7 @@ import hashlib
 import os
 import threading
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -83,8 +84,7 @@ class PredictionLog:
         self.path = directory / f"{name}-{start}-{os.getpid()}-{uuid.uuid4().hex[:4]}.jsonl"
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
         self._encoder = msgspec.json.Encoder()
-        self._rows: list[tuple[Callable[[], PredictionRow] | PredictionRow, NDArray[np.float32] | None]] = []
-        self._lock = threading.Lock()
+        self._rows: deque[tuple[Callable[[], PredictionRow] | PredictionRow, NDArray[np.float32] | None]] = deque()
         self._closing = threading.Event()
         self._interval_s = interval_s
         self.failures = 0
@@ -102,8 +102,7 @@ class PredictionLog:
             tensor: what was predicted; its digest becomes `input_digest` when the row is written, not while a client
                 waits.
         """
-        with self._lock:
-            self._rows.append((row, tensor))
+        self._rows.append((row, tensor))
 
     @property
     def pending(self) -> int:
@@ -122,23 +121,21 @@ class PredictionLog:
         self._flush()
 
     def _flush(self) -> None:
-        with self._lock:
-            rows, self._rows = self._rows, []
-        if not rows:
-            return
         made = []
-        for given, tensor in rows:
+        for _ in range(len(self._rows)):
+            given, tensor = self._rows.popleft()
             row = given() if callable(given) else given
             if tensor is not None:  # hashlib lets other threads run meanwhile
                 row["input_digest"] = hashlib.sha256(np.ascontiguousarray(tensor).data).hexdigest()
             made.append(row)
+        if not made:
+            return
         data = b"".join(self._encoder.encode(row) + b"\n" for row in made)
         try:
             self._write(data)
         except OSError:
             self.failures += 1
-            with self._lock:
-                self._rows = [(row, None) for row in made] + self._rows
+            self._rows.extendleft((row, None) for row in reversed(made))
 
     def _write(self, data: bytes) -> None:
         """All of it or, as far as the file is concerned, nothing: a half-written batch is cut off again."""

@@ -17,6 +17,7 @@ import binascii
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -27,6 +28,7 @@ MAX_INPUTS = 256
 """Images in one request."""
 
 OUTPUTS = {"probability": "FP64", "decision": "INT64", "prediction_id": "BYTES"}
+_SHORT = 1024
 _SITE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -102,12 +104,8 @@ def parse(body: bytes, content_type: str, site: str | None, size: int, header_le
         message = "send application/json (Open Inference Protocol v2), application/dicom, or multipart/related of it"
         raise Refusal(415, "content_type", message)
     text, raw = _split(body, header_length)
-    try:
-        request = _decoder.decode(text)
-    except msgspec.DecodeError as error:
-        raise _bad(f"the body is no Open Inference Protocol v2 request: {_harmless(error)}") from None
+    request, outputs, binary = _remembered(bytes(text)) if len(text) <= _SHORT else _decoded(text)
     where = checked_site(request.parameters.get("site", site))
-    outputs, binary = _outputs(request)
     if len(request.inputs) != 1 or request.inputs[0].name not in ("image", "dicom"):
         raise _bad('send exactly one input, named "image" (FP32 tensor) or "dicom" (files)')
     given = request.inputs[0]
@@ -119,6 +117,20 @@ def parse(body: bytes, content_type: str, site: str | None, size: int, header_le
     else:
         images = _images(given, size) if data is None else raw_images(given.datatype, given.shape, data, size)
     return Question(images=images, files=files, site=where, id=request.id, outputs=outputs, binary=binary)
+
+
+def _decoded(text: bytes | memoryview) -> tuple[_Request, tuple[str, ...], frozenset[str]]:
+    """The JSON of a request, the outputs asked for, and which of them as raw bytes."""
+    try:
+        request = _decoder.decode(text)
+    except msgspec.DecodeError as error:
+        raise _bad(f"the body is no Open Inference Protocol v2 request: {_harmless(error)}") from None
+    return request, *_outputs(request)
+
+
+_remembered = lru_cache(maxsize=256)(
+    _decoded
+)  # with binary tensors, a client's requests have the same JSON over and over
 
 
 def _split(body: bytes, header_length: str | None) -> tuple[bytes | memoryview, memoryview | None]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_COUNTED_AT_ONCE = 64
 
 
 class Metrics:
@@ -25,16 +26,28 @@ class Metrics:
             "radloop_batch_images", "Images in one call of the model.",
             buckets=(1, 2, 4, 8, 16, 32), registry=self.registry,
         )  # fmt: skip
-        self._counted = lru_cache(maxsize=256)(self.requests.labels)  # looking labels up costs as much as counting
-        self._timed = lru_cache(maxsize=64)(self.seconds.labels)
+        self._answered: list[tuple[str, str, str, str, float]] = []
         Gauge("radloop_model", "The model served.", ["digest", "version"], registry=self.registry).labels(
             digest, version
         ).set(1)
 
     def answered(self, protocol: str, role: str, status: str, reason: str, seconds: float) -> None:
-        """A request was answered."""
-        self._counted(protocol, role, status, reason).inc()
-        self._timed(status).observe(seconds)
+        """A request was answered. From the event loop."""
+        self._answered.append((protocol, role, status, reason, seconds))
+        if len(self._answered) >= _COUNTED_AT_ONCE:
+            self._count()
+
+    def page(self) -> bytes:
+        """The metrics in Prometheus' text format. From the event loop."""
+        self._count()
+        return generate_latest(self.registry)
+
+    def _count(self) -> None:
+        """Many at once, as the library's counters take as long for one as all else that is done for an answer."""
+        answered, self._answered = self._answered, []
+        for protocol, role, status, reason, seconds in answered:
+            self.requests.labels(protocol, role, status, reason).inc()
+            self.seconds.labels(status).observe(seconds)
 
     def watch(
         self, under_way: Callable[[], float], waiting: Callable[[], float], unlogged: Callable[[], float]

@@ -9,7 +9,6 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import msgspec
-from prometheus_client import generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -37,11 +36,10 @@ class Rest:
     """
 
     def __init__(self, core: Core, lifespan: Callable[[Any], AbstractAsyncContextManager[None]]) -> None:
-        self._core = core
-        self._infer = Infer(core)
+        self._core, self.infer = core, Infer(core)
         one = "/v2/models/{name}"
         named = (one, one + "/versions/{version}")
-        routes = [Route(path + "/infer", self._infer, methods=["POST"]) for path in named]
+        routes = [Route(path + "/infer", self.infer, methods=["POST"]) for path in named]
         routes += [
             Route("/v2/health/live", self._live),
             Route("/v2/health/ready", self._ready),
@@ -61,7 +59,7 @@ class Rest:
         """One connection's scope: a request, or the process's life."""
         if scope["type"] == "http" and scope["method"] == "POST" and (asked := self._mine.get(scope["path"])):
             scope["path_params"] = asked
-            await self._infer(scope, receive, send)
+            await self.infer(scope, receive, send)
         else:
             await self._others(scope, receive, send)
 
@@ -87,8 +85,7 @@ class Rest:
 
     async def _metrics_page(self, request: Request) -> Response:
         del request
-        page = generate_latest(self._core.metrics.registry)
-        return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(self._core.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     def _guard(self, endpoint: Endpoint) -> Endpoint:
         """Token first; refusals become answers."""
@@ -106,55 +103,98 @@ class Rest:
         self._core.check_model(request.path_params["name"], request.path_params.get("version", ""))
 
 
+class Answer(msgspec.Struct, frozen=True):
+    """An HTTP response, but for its length and what belongs to the connection."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    content: bytes
+
+
 class Infer:
-    """Inference, an ASGI application whose path parameters are `name` and perhaps `version`.
+    """Inference: for `Connection`, which reads a request itself, and as an ASGI application.
 
     Without Starlette's requests, responses and routes, which take about as long as all that is done here.
+
+    Attributes:
+        start: how a request to answer begins.
     """
 
     def __init__(self, core: Core) -> None:
         self._core = core
+        self._path = {"name": core.name, "version": ""}
+        self.start = f"POST /v2/models/{core.name}/infer HTTP/1.1\r\n".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
-        core = self._core
+        """One request, whose path parameters are `name` and perhaps `version`."""
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        status, reason = 500, "internal"
-        asked = Asked.of("rest", headers, core.model.digest)
-        core.begin()
+        asked = self.begin(headers)
         try:
-            try:
-                self._admit(headers, scope["path_params"])
-                content, told = await self._answer(headers, await self._body(receive), asked)
-                status, reason = 200, OK
-            except Refusal as refusal:
-                status, reason = refusal.status, refusal.reason
-                content, told = _refused_as(refusal)
-            except ClientDisconnect:
-                status, reason = 499, "client_gone"
-                return
-            except Exception as error:  # noqa: BLE001 - the server lives; a message could hold anything: only its kind is told
-                reason = type(error).__name__
-                message = f"the predictor failed ({reason}), a fault of radloop or the model"
-                content, told = _refused_as(Refusal(500, reason, message))
-            told.append((b"content-length", b"%d" % len(content)))
-            await send({"type": "http.response.start", "status": status, "headers": told})
-            await send({"type": "http.response.body", "body": content})
-        finally:
-            core.end(asked, status, reason)
-
-    async def _answer(self, headers: Mapping[str, str], body: bytes, asked: Asked) -> tuple[bytes, _Headers]:
-        core, kind, length = self._core, headers.get("content-type", ""), headers.get(BINARY_HEADER)
-        if length or kind == "application/dicom":  # raw tensors and files are not parsed, only pointed at
-            question = protocol.parse(body, kind, asked.site, core.model.size, length)
+            self._admit(headers, scope["path_params"])
+            body = await self._body(receive)
+        except Refusal as refusal:
+            answer = self.refuse(asked, refusal)
+        except ClientDisconnect:
+            self.gone(asked)
+            return
+        except BaseException as error:
+            self._core.end(asked, 500, type(error).__name__)
+            raise
         else:
-            parse = functools.partial(protocol.parse, body, kind, asked.site, core.model.size, length)
-            question = await core.understood(parse, len(body))
-        answered = await core.answer(question, asked)
-        content, json_length = protocol.answer(question, core.name, core.version, answered.parameters, answered.columns)
+            answer = await self.respond(asked, headers, body)
+        told = [*answer.headers, (b"content-length", b"%d" % len(answer.content))]
+        await send({"type": "http.response.start", "status": answer.status, "headers": told})
+        await send({"type": "http.response.body", "body": answer.content})
+
+    def begin(self, headers: Mapping[str, str]) -> Asked:
+        """A request came in; `respond`, `refuse` or `gone` follows. `headers` have lower-case names."""
+        asked = Asked.of("rest", headers, self._core.model.digest)
+        self._core.begin()
+        return asked
+
+    def gone(self, asked: Asked) -> None:
+        """The client went away before it had sent all."""
+        self._core.end(asked, 499, "client_gone")
+
+    def refuse(self, asked: Asked, refusal: Refusal) -> Answer:
+        """The answer to a request that is not answered."""
+        self._core.end(asked, refusal.status, refusal.reason)
+        return _refused_as(refusal)
+
+    def admits(self, headers: Mapping[str, str]) -> bool:
+        """Whether a request to `start` may be read: it has the token, is not too long, and there is room for it."""
+        try:
+            self._admit(headers, self._path)
+        except Refusal:
+            return False
+        return True
+
+    async def respond(self, asked: Asked, headers: Mapping[str, str], body: bytes) -> Answer:
+        """Answer a request that was read."""
+        core, kind, length = self._core, headers.get("content-type", ""), headers.get(BINARY_HEADER)
+        try:
+            if length or kind == "application/dicom":  # raw tensors and files are not parsed, only pointed at
+                question = protocol.parse(body, kind, asked.site, core.model.size, length)
+            else:
+                parse = functools.partial(protocol.parse, body, kind, asked.site, core.model.size, length)
+                question = await core.understood(parse, len(body))
+            answered = await core.answer(question, asked)
+            content, json_length = protocol.answer(
+                question, core.name, core.version, answered.parameters, answered.columns
+            )
+        except Refusal as refusal:
+            return self.refuse(asked, refusal)
+        except Exception as error:  # noqa: BLE001 - the server lives; a message could hold anything: only its kind is told
+            reason = type(error).__name__
+            message = f"the predictor failed ({reason}), a fault of radloop or the model"
+            return self.refuse(asked, Refusal(500, reason, message))
+        except BaseException:
+            core.end(asked, 500, "ended")
+            raise
+        core.end(asked, 200, OK)
         if json_length is None:
-            return content, [_JSON]
-        return content, [_BINARY, (BINARY_HEADER.encode(), b"%d" % json_length)]
+            return Answer(200, [_JSON], content)
+        return Answer(200, [_BINARY, (BINARY_HEADER.encode(), b"%d" % json_length)], content)
 
     def _admit(self, headers: Mapping[str, str], path: Mapping[str, str]) -> None:
         """Everything that is checked before the body is read."""
@@ -185,7 +225,6 @@ class Infer:
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
-_Headers = list[tuple[bytes, bytes]]
 _JSON = (b"content-type", b"application/json")
 _BINARY = (b"content-type", b"application/octet-stream")
 
@@ -194,14 +233,16 @@ def _json(value: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), status, media_type="application/json")
 
 
-def _refused_as(refusal: Refusal) -> tuple[bytes, _Headers]:
+def _refused_as(refusal: Refusal) -> Answer:
     headers = [(name.encode(), value.encode()) for name, value in (refusal.headers or {}).items()]
-    return msgspec.json.encode({"error": refusal.message}), [_JSON, *headers]
+    return Answer(refusal.status, [_JSON, *headers], msgspec.json.encode({"error": refusal.message}))
 
 
 def _refused(refusal: Refusal) -> Response:
-    content, told = _refused_as(refusal)
-    return Response(content, refusal.status, headers={name.decode(): value.decode() for name, value in told})
+    answer = _refused_as(refusal)
+    return Response(
+        answer.content, answer.status, headers={name.decode(): value.decode() for name, value in answer.headers}
+    )
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 import signal
@@ -14,7 +15,7 @@ import warnings
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import uvicorn
@@ -27,10 +28,14 @@ from radloop.serving.children import REFUSED_EXIT
 from radloop.serving.gateway import MAX_BODY_BYTES
 from radloop.serving.model import ServedModel
 from radloop.serving.predictions import FLUSH_INTERVAL_S, PredictionLog
+from radloop.serving.predictor.connection import Connection
 from radloop.serving.predictor.core import DEADLINE_S, Core
 from radloop.serving.predictor.rest import Rest
 
 DRAIN_S = 10
+_SWITCH_S = 0.0005
+"""How long a thread of Python's may make others wait: a tenth of Python's default, as an answer takes a few milliseconds."""
+
 _DOC = """The predictor: one model behind Open Inference Protocol v2 (REST, and gRPC with --grpc-port), one process."""
 
 
@@ -63,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RadloopError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return REFUSED_EXIT
+    sys.setswitchinterval(_SWITCH_S)
     log = PredictionLog(options.predictions, options.version, interval_s=options.flush_interval_s)
     core = Core(
         model, log, name=options.name, version=options.version, token=token,
@@ -98,8 +104,10 @@ def _serve(core: Core, bound: socket.socket, options: argparse.Namespace) -> Non
             await rpc.stop(DRAIN_S)
         core.close()
 
+    app = Rest(core, lifespan)
     config = uvicorn.Config(
-        Rest(core, lifespan),
+        app,
+        http=cast(Any, functools.partial(Connection, app.infer)),
         access_log=False,
         log_level="critical",
         server_header=False,
