@@ -118,7 +118,7 @@ class UpperLayer(DULServiceProvider):
         self._connection = self._socket()
         self._wake = Wake()
         self.to_provider_queue = _Waking(self._wake)
-        self._inlet = Inlet(self._connection, self._wake)
+        self._inlet: Inlet | None = None
         self._service: Service | None = None
         self._command, self._context = bytearray(), 0
         self._syntaxes: dict[int, str] = {}
@@ -223,16 +223,23 @@ class UpperLayer(DULServiceProvider):
 
     def _readable(self) -> bool:
         """Whether to read: within a message reading waits, between messages it also looks for what is to be sent."""
-        return self._announced is not None or self._inlet.readable(_LOOK_EVERY_S)
+        return self._announced is not None or self._in().readable(_LOOK_EVERY_S)
+
+    def _in(self) -> Inlet:
+        """Made when first something is read: of an association that we ask for, the connection is not there before."""
+        connection = self._socket()
+        if self._inlet is None:
+            self._inlet = Inlet(connection, self._wake)
+        return self._inlet
 
     def _fill(self, view: memoryview, after: int = 0) -> None:
         """Receive exactly so many bytes. `after`: so many more are sure to follow."""
-        self._socket()
+        inlet = self._in()
         # Only who is established may be read ahead: what comes before and after is pynetdicom's.
         established = self.state_machine.current_state == _ESTABLISHED
         done, wanted, last = 0, len(view), time.monotonic()
         while done < wanted:
-            count = self._inlet.read(view[done:], ahead=established, after=after)
+            count = inlet.read(view[done:], ahead=established, after=after)
             if count is None:
                 self._may_wait(last)
             elif not count:
