@@ -62,8 +62,9 @@ bench-dicom: setup ## measure receiving, fetching and de-identifying, beside Ort
 	@for one in dicom_store dicom_stow dicom_pacs dicom; do $(BIN)/python benchmarks/$$one.py || true; done
 
 .PHONY: bench-serving
-bench-serving: setup ## measure what serving adds to a model's own time, and how often the judge errs
-	@$(BIN)/python benchmarks/serving.py || true
+bench-serving: setup ## measure what serving adds to a model's own time, beside peers, and how often the judge errs
+	@scripts/setup bench
+	@$(BIN)/python benchmarks/serving.py $(ARGS) || true
 	@$(BIN)/python benchmarks/judge.py
 
 .PHONY: lint
