@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Answer = tuple[NDArray[np.float64], NDArray[np.int64]]
-_Asked = tuple[NDArray[np.float32], asyncio.Future[Answer], Callable[[], object]]
+_Asked = tuple[NDArray[np.float32], asyncio.Future[Answer]]
 MOST_IMAGES = 4
 """Images in one call of the model: on a CPU two to four take a little less time each than one, sixteen more (docs/results.md)."""
 
@@ -44,14 +44,10 @@ class Batcher:
         """Requests that no thread has taken yet."""
         return self._waiting.qsize()
 
-    def submit(self, images: NDArray[np.float32], afterwards: Callable[[], object]) -> asyncio.Future[Answer]:
-        """Queue images that were checked; from the event loop. What is done (cancelled, too late) is not computed.
-
-        Args:
-            afterwards: called by the thread that computed, once the answer is on its way.
-        """
+    def submit(self, images: NDArray[np.float32]) -> asyncio.Future[Answer]:
+        """Queue images that were checked; from the event loop. What is done (cancelled, too late) is not computed."""
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._waiting.put((images, future, afterwards))
+        self._waiting.put((images, future))
         return future
 
     def close(self) -> None:
@@ -66,13 +62,11 @@ class Batcher:
             taken = [one for one in self._share(first) if not one[1].done()]
             if not taken:
                 continue
-            answers = self._answers([images for images, _, _ in taken])
+            answers = self._answers([images for images, _ in taken])
             try:
-                taken[0][1].get_loop().call_soon_threadsafe(_settle, [future for _, future, _ in taken], answers)
+                taken[0][1].get_loop().call_soon_threadsafe(_settle, [future for _, future in taken], answers)
             except RuntimeError:  # the loop is closed: nobody waits any more
                 return
-            for _, _, afterwards in taken:
-                afterwards()
 
     def _share(self, first: _Asked) -> list[_Asked]:
         """This thread's share of what waits, `first` included."""

@@ -21,9 +21,6 @@ from radloop.dicom.results import is_result
 from radloop.dicom.uids import Pseudonymiser
 from radloop.errors import DicomError, ServingError
 from radloop.imaging import pixels, sandbox
-from radloop.imaging.transforms import (
-    _grey_scale,
-)  # as `from_dataset` does, but decoding once; to change it changes every digest
 from radloop.learning.package import Packaged
 
 TAGS = ("modality", "manufacturer", "view_position", "sex", "age_years", "rows", "columns")
@@ -121,11 +118,9 @@ class ServedModel:
                 next_step="send the header x-radloop-site with the site code of the sender",
             )
         array = pixels.decode(ds)
-        scale, slope, intercept, padding = _grey_scale(ds)
-        native = self._packaged.preprocessing.native(array, scale, slope=slope, intercept=intercept, padding=padding)
         photometric, bits = str(ds.PhotometricInterpretation), int(ds.BitsStored)
         return Examined(
-            image=self._packaged.preprocessing.windowed(native),
+            image=self._packaged.preprocessing.from_dataset(ds),
             input_digest=hashlib.sha256(data).hexdigest(),
             sop_uid=pseudonymiser.uid(_uid(ds, "SOPInstanceUID")),
             study_uid=pseudonymiser.uid(_uid(ds, "StudyInstanceUID")),
