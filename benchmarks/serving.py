@@ -32,10 +32,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import numpy as np
+
+from radloop.serving import process
 
 ROUNDS, SECONDS, THREADS = 3, 3, 2
 SIZE, NAME = 240, "default"
@@ -158,7 +160,7 @@ def raw(model: Path, clients: int, seconds: int) -> Load:
 
 
 class Server:
-    """A server's processes: they run only while it is measured.
+    """A server's processes: they run only while it is measured, and end with this one.
 
     Args:
         command: starts it.
@@ -166,16 +168,27 @@ class Server:
         with_: another server that has to run too.
     """
 
+    started: ClassVar[list[Server]] = []
+
     def __init__(self, command: list[str], *, announces: bool = False, with_: Server | None = None, **env: str) -> None:
         self.with_, self.errors = with_, Path(tempfile.mkstemp()[1])
+        tied = [
+            sys.executable,
+            "-I",
+            "-S",
+            process.__file__,
+            str(os.getpid()),
+            *command,
+        ]  # also when this one is killed
         with self.errors.open("wb") as errors:
             self.process = subprocess.Popen(
-                command, stdout=subprocess.PIPE if announces else subprocess.DEVNULL, stderr=errors,
+                tied, stdout=subprocess.PIPE if announces else subprocess.DEVNULL, stderr=errors,
                 start_new_session=True, env=os.environ | env, cwd=HERE / "peers",
             )  # fmt: skip
         with suppress(OSError):  # Linux shares the processor by sessions: a server's counts as much as this one
             share = Path("/proc/self/autogroup").read_text().split()[-1]
             Path(f"/proc/{self.process.pid}/autogroup").write_text(share)
+        self.started.append(self)
         self.announced: dict[str, Any] = {}
         if announces:
             assert self.process.stdout is not None
@@ -443,8 +456,9 @@ def main() -> int:
     options = parser.parse_args()
     if shutil.which("h2load") is None:
         sys.exit("h2load is missing; next: sudo apt-get install -y nghttp2-client")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what is below ends its servers
     with tempfile.TemporaryDirectory() as temporary:
-        folder, made = Path(temporary), {}
+        folder = Path(temporary)
         build(folder / "package")
         from radloop.learning.package import Packaged
 
@@ -458,7 +472,7 @@ def main() -> int:
             counts = [int(count) for count in options.clients.split(",")]
             kept = [report(clients, measure(folder, made, clients, options)) for clients in counts]
         finally:
-            for server, _ in made.values():
+            for server in Server.started:
                 server.end()
     return 0 if all(kept) else 1
 
