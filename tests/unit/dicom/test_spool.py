@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 from contextlib import closing
@@ -46,6 +47,30 @@ def test_a_file_holds_what_was_written_and_nothing_of_the_memory_behind_it(
             memory[0] ^= 255
             spool.write(view, 0, BLOCK_BYTES if at else rest, 0)  # a seal, put in at the end
             assert contents(spool) == bytes(view[: at + rest])
+        view.release()
+
+
+@pytest.mark.parametrize("most", [1, 700, BLOCK_BYTES, 6000])
+def test_a_disk_that_takes_less_than_it_was_given(tmp_path: Path, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system may write a part, and then want no more that is not whole blocks: bytes of another patient's would stay."""
+    whole = os.pwrite
+
+    def short(handle: int, data: memoryview, at: int) -> int:
+        if at:  # as the system says it: EINVAL, unless these are blocks
+            return whole(handle, bytes(data[:most]), at)
+        flags = fcntl.fcntl(handle, fcntl.F_GETFL)
+        fcntl.fcntl(handle, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        count = whole(handle, bytes(data[:most]), 0)
+        fcntl.fcntl(handle, fcntl.F_SETFL, flags)
+        return count
+
+    monkeypatch.setattr(os, "pwrite", short)
+    with mmap.mmap(-1, 2 * BLOCK_BYTES) as memory:
+        memory[:] = b"mine" * 1250 + b"other's " * 399
+        view = memoryview(memory)
+        with closing(Spool(tmp_path)) as spool:
+            spool.write(view, 0, 5000, 0)
+            assert contents(spool) == b"mine" * 1250
         view.release()
 
 

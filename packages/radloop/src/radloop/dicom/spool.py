@@ -52,8 +52,8 @@ class Spool:
                 stop = end
                 continue
             start, at = start + count, at + count
-        if stop != end:
-            os.ftruncate(self.handle, at - (stop - end))
+        if start > end:  # what lay in memory behind the part is not of this file
+            os.ftruncate(self.handle, at - (start - end))
 
     def fill(self, data: bytes | bytearray | memoryview) -> None:
         """Write all of the file, from memory of any kind."""
