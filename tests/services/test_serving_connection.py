@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import importlib.util
 import json
 import re
@@ -103,6 +104,18 @@ def test_bytes_may_come_in_any_pieces(predictor: Any, step: int) -> None:
             time.sleep(0.0005)
         link.sendall(data[cut:])
         assert probability(answers(link, 1)[0]) == expected(predictor, images)
+
+
+def test_the_log_names_each_image_by_its_digest(predictor: Any) -> None:
+    """Digests are found after the answer: of another image, or none, champion's and challenger's rows would not pair."""
+    several = np.concatenate([tensor(seed) for seed in (5, 6, 7)])
+    with connect(predictor) as link:
+        link.sendall(request(several) + request(tensor(8)))
+        got = answers(link, 2)
+    named = [name for _, answer in got for name in answer["outputs"][2]["data"]]
+    rows = {row["prediction_id"]: row["input_digest"] for row in predictor.rows()}
+    images = [*several, tensor(8)[0]]
+    assert [rows[name] for name in named] == [hashlib.sha256(one.tobytes()).hexdigest() for one in images]
 
 
 def test_requests_sent_at_once_are_answered_in_order(predictor: Any) -> None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+from collections import deque
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Answer = tuple[NDArray[np.float64], NDArray[np.int64]]
-_Asked = tuple[NDArray[np.float32], asyncio.Future[Answer]]
-MOST_IMAGES = 4
-"""Images in one call of the model: on a CPU two to four take a little less time each than one, sixteen more (docs/results.md)."""
+_Asked = tuple[NDArray[np.float32], asyncio.Future[Answer], Callable[[], object] | None]
+MOST_IMAGES = 2
+"""Images in one call of the model: on a CPU two take a little less time each than one, eight or sixteen more."""
 
 
 class Batcher:
@@ -33,7 +34,11 @@ class Batcher:
         self, compute: Callable[[NDArray[np.float32]], Answer], *, threads: int, observe: Callable[[int], None]
     ) -> None:
         self._compute, self._observe = compute, observe
-        self._waiting: SimpleQueue[_Asked | None] = SimpleQueue()  # in C: a Condition costs several times as much
+        # A queue of Python's wakes every thread that waits at it, one after the other: a tenth of a millisecond before each
+        # answer. Here one is woken, the one that came to rest last: the model is still in its core's cache.
+        self._waiting: deque[_Asked] = deque()
+        self._resting: deque[threading.Lock] = deque()
+        self._ended = False
         self._count = threads
         self._threads = [threading.Thread(target=self._run, name=f"predict-{n}", daemon=True) for n in range(threads)]
         for thread in self._threads:
@@ -42,43 +47,65 @@ class Batcher:
     @property
     def waiting(self) -> int:
         """Requests that no thread has taken yet."""
-        return self._waiting.qsize()
+        return len(self._waiting)
 
-    def submit(self, images: NDArray[np.float32]) -> asyncio.Future[Answer]:
-        """Queue images that were checked; from the event loop. What is done (cancelled, too late) is not computed."""
+    def submit(
+        self, images: NDArray[np.float32], afterwards: Callable[[], object] | None = None
+    ) -> asyncio.Future[Answer]:
+        """Queue images that were checked; from the event loop. What is done (cancelled, too late) is not computed.
+
+        Args:
+            afterwards: called by the thread that computed, once the answer is on its way.
+        """
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._waiting.put((images, future))
+        self._waiting.append((images, future, afterwards))
+        self._wake()
         return future
 
     def close(self) -> None:
         """Finish what waits, then end the threads."""
+        self._ended = True
         for _ in self._threads:
-            self._waiting.put(None)
+            self._wake()
         for thread in self._threads:
             thread.join()
 
+    def _wake(self) -> None:
+        with suppress(IndexError):
+            self._resting.pop().release()
+
     def _run(self) -> None:
-        while (first := self._waiting.get()) is not None:
-            taken = [one for one in self._share(first) if not one[1].done()]
+        rest = threading.Lock()
+        rest.acquire()
+        while True:
+            taken = [one for one in self._share() if not one[1].done()]
             if not taken:
+                if self._waiting:
+                    continue
+                if self._ended:
+                    return
+                self._resting.append(rest)
+                if self._waiting or self._ended:  # since it was looked at: perhaps nobody wakes this thread
+                    self._wake()
+                rest.acquire()
                 continue
-            answers = self._answers([images for images, _ in taken])
+            answers = self._answers([images for images, _, _ in taken])
             try:
-                taken[0][1].get_loop().call_soon_threadsafe(_settle, [future for _, future in taken], answers)
+                taken[0][1].get_loop().call_soon_threadsafe(_settle, [future for _, future, _ in taken], answers)
             except RuntimeError:  # the loop is closed: nobody waits any more
                 return
+            for _, _, afterwards in taken:
+                if afterwards is not None:
+                    afterwards()
 
-    def _share(self, first: _Asked) -> list[_Asked]:
-        """This thread's share of what waits, `first` included."""
-        taken, images = [first], len(first[0])
-        share = math.ceil((self._waiting.qsize() + 1) / self._count)
+    def _share(self) -> list[_Asked]:
+        """This thread's share of what waits; nothing if nothing waits."""
+        taken: list[_Asked] = []
+        images, share = 0, math.ceil(len(self._waiting) / self._count)
         while len(taken) < share and images < MOST_IMAGES:
             try:
-                one = self._waiting.get_nowait()
-            except Empty:  # another thread was faster
-                break
-            if one is None:  # the end, for this thread or another one
-                self._waiting.put(None)
+                one = self._waiting.popleft()
+            except IndexError:  # another thread was faster
                 break
             taken.append(one)
             images += len(one[0])

@@ -65,6 +65,31 @@ class Pair(msgspec.Struct, frozen=True):
     challenger: PredictionRow | None
 
 
+class Digests:
+    """SHA-256 of the bytes of each of several images, found once.
+
+    The thread that computed calls `find` as soon as the answer is on its way: the images are still in its core's cache, and are
+    let go of. Left to the log's thread, five times a second, it would be milliseconds at once, for which an answer in fifty
+    had to wait; before the answer, every client would wait.
+    """
+
+    def __init__(self, images: NDArray[np.float32]) -> None:
+        self._images: NDArray[np.float32] | None = images
+        self._found: list[str] = []
+
+    def find(self) -> None:
+        """Find them, unless they are found. From any thread."""
+        images = self._images
+        if images is not None:  # hashlib lets other threads run meanwhile
+            self._found = [hashlib.sha256(np.ascontiguousarray(image).data).hexdigest() for image in images]
+            self._images = None
+
+    def of(self, number: int) -> str:
+        """Of one image, hexadecimal. From any thread."""
+        self.find()
+        return self._found[number]
+
+
 class PredictionLog:
     """Appends rows to `{directory}/{label}-{start}-{pid}.jsonl`.
 
@@ -84,7 +109,7 @@ class PredictionLog:
         self.path = directory / f"{name}-{start}-{os.getpid()}-{uuid.uuid4().hex[:4]}.jsonl"
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
         self._encoder = msgspec.json.Encoder()
-        self._rows: deque[tuple[Callable[[], PredictionRow] | PredictionRow, NDArray[np.float32] | None]] = deque()
+        self._rows: deque[Callable[[], PredictionRow] | PredictionRow] = deque()
         self._closing = threading.Event()
         self._interval_s = interval_s
         self.failures = 0
@@ -92,17 +117,9 @@ class PredictionLog:
         self._thread = threading.Thread(target=self._run, name="prediction-log", daemon=True)
         self._thread.start()
 
-    def append(
-        self, row: PredictionRow | Callable[[], PredictionRow], tensor: NDArray[np.float32] | None = None
-    ) -> None:
-        """Hand a row over; returns at once. Safe from any thread.
-
-        Args:
-            row: or what makes it, called once and in the background.
-            tensor: what was predicted; its digest becomes `input_digest` when the row is written, not while a client
-                waits.
-        """
-        self._rows.append((row, tensor))
+    def append(self, row: PredictionRow | Callable[[], PredictionRow]) -> None:
+        """Hand over a row, or what makes it, which is called once and in the background. Returns at once; from any thread."""
+        self._rows.append(row)
 
     @property
     def pending(self) -> int:
@@ -123,11 +140,8 @@ class PredictionLog:
     def _flush(self) -> None:
         made = []
         for _ in range(len(self._rows)):
-            given, tensor = self._rows.popleft()
-            row = given() if callable(given) else given
-            if tensor is not None:  # hashlib lets other threads run meanwhile
-                row["input_digest"] = hashlib.sha256(np.ascontiguousarray(tensor).data).hexdigest()
-            made.append(row)
+            row = self._rows.popleft()
+            made.append(row() if callable(row) else row)
         if not made:
             return
         data = b"".join(self._encoder.encode(row) + b"\n" for row in made)
@@ -135,7 +149,7 @@ class PredictionLog:
             self._write(data)
         except OSError:
             self.failures += 1
-            self._rows.extendleft((row, None) for row in reversed(made))
+            self._rows.extendleft(reversed(made))
 
     def _write(self, data: bytes) -> None:
         """All of it or, as far as the file is concerned, nothing: a half-written batch is cut off again."""

@@ -83,10 +83,13 @@ class _Request(msgspec.Struct):
 _decoder = msgspec.json.Decoder(_Request)
 
 
-def parse(body: bytes, content_type: str, site: str | None, size: int, header_length: str | None = None) -> Question:
+def parse(
+    body: bytes | memoryview, content_type: str, site: str | None, size: int, header_length: str | None = None
+) -> Question:
     """Understand a request's body.
 
     Args:
+        body: a view where raw tensors follow the JSON: they are not copied.
         content_type: application/json, application/octet-stream (binary tensors), application/dicom, or multipart.
         site: the header x-radloop-site; the request's parameter `site` goes before it.
         size: the model's image side in pixels.
@@ -97,9 +100,9 @@ def parse(body: bytes, content_type: str, site: str | None, size: int, header_le
     """
     kind = content_type.partition(";")[0].strip().lower()
     if kind == "application/dicom":
-        return Question(images=None, files=(body,), site=checked_site(site))
+        return Question(images=None, files=(bytes(body),), site=checked_site(site))
     if kind in ("multipart/related", "multipart/form-data"):
-        return Question(images=None, files=_parts(body, content_type), site=checked_site(site))
+        return Question(images=None, files=_parts(bytes(body), content_type), site=checked_site(site))
     if kind not in ("", "application/json", "application/octet-stream"):
         message = "send application/json (Open Inference Protocol v2), application/dicom, or multipart/related of it"
         raise Refusal(415, "content_type", message)
@@ -133,7 +136,7 @@ _remembered = lru_cache(maxsize=256)(
 )  # with binary tensors, a client's requests have the same JSON over and over
 
 
-def _split(body: bytes, header_length: str | None) -> tuple[bytes | memoryview, memoryview | None]:
+def _split(body: bytes | memoryview, header_length: str | None) -> tuple[bytes | memoryview, memoryview | None]:
     """The request's JSON and, where the header says that there are some, its raw tensors."""
     if header_length is None:
         return body, None

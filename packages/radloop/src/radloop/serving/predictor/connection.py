@@ -16,6 +16,7 @@ from http import HTTPStatus
 from typing import Any, cast
 
 import httptools
+import numpy as np
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
@@ -24,7 +25,8 @@ from radloop.serving.predictor.core import Asked
 from radloop.serving.predictor.rest import BODY_TIMEOUT_S, Answer, Infer
 from radloop.serving.protocol import Refusal
 
-_LONGEST_HEAD = 64 * 1024
+_INBOX_BYTES = 16 * 1024
+"""The longest head that is looked at here."""
 _LOOK_S = 5.0
 """How often a connection is looked at for clients that have fallen silent."""
 
@@ -32,8 +34,8 @@ _STATUS = {code.value: f"HTTP/1.1 {code.value} {code.phrase}\r\n".encode() for c
 _NEGOTIATED = frozenset({"transfer-encoding", "expect", "upgrade"})
 
 
-class Connection(asyncio.Protocol):
-    """One connection, in uvicorn's terms an HTTP protocol.
+class Connection(asyncio.BufferedProtocol):
+    """One connection, in uvicorn's terms an HTTP protocol. A body is read to where the model takes it from, never copied.
 
     Args:
         infer: answers inferences.
@@ -52,11 +54,12 @@ class Connection(asyncio.Protocol):
         self._infer, self._config, self._state, self._app_state = infer, config, server_state, app_state
         self._loop = _loop or asyncio.get_running_loop()
         self._transport: asyncio.Transport = None  # type: ignore[assignment] # until connection_made
-        self._early = b""  # of a request that has not begun, or whose head is not whole
+        self._inbox = memoryview(bytearray(_INBOX_BYTES))
+        self._filled = 0  # of the inbox: what is neither answered nor a body
         self._asked: Asked | None = None
         self._headers: Mapping[str, str] = {}
-        self._chunks: list[bytes | memoryview] = []
-        self._missing = 0
+        self._body = memoryview(b"")
+        self._missing = 0  # bytes of the body
         self._answering: asyncio.Task[None] | None = None
         self._last = False
         self._heard = time.monotonic()
@@ -65,12 +68,12 @@ class Connection(asyncio.Protocol):
     # What uvicorn and asyncio call
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """As asyncio.Protocol."""
+        """As asyncio.BufferedProtocol."""
         self._transport = cast(asyncio.Transport, transport)
         self._state.connections.add(self)  # type: ignore[arg-type] # so that uvicorn waits for it when it ends
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """As asyncio.Protocol. What is being computed is finished, and logged."""
+        """As asyncio.BufferedProtocol. What is being computed is finished, and logged."""
         del exc
         self._look.cancel()
         self._state.connections.discard(self)
@@ -83,34 +86,48 @@ class Connection(asyncio.Protocol):
         if self._asked is None:
             self._transport.close()
 
-    def data_received(self, data: bytes) -> None:
-        """As asyncio.Protocol."""
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """As asyncio.BufferedProtocol."""
+        del sizehint
+        return self._body[-self._missing :] if self._missing else self._inbox[self._filled :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """As asyncio.BufferedProtocol."""
         self._heard = time.monotonic()
+        if self._missing:
+            self._missing -= nbytes
+            if not self._missing:
+                self._answer()
+            return
+        self._filled += nbytes
         if self._asked is None:
-            self._begin(self._early + data if self._early else data)
-        elif self._missing:
-            self._take(data)
+            self._begin()
         else:  # a request before the one before it is answered: it waits, and its client with it
-            self._early += data
             self._transport.pause_reading()
 
     # One request
 
-    def _begin(self, data: bytes) -> None:
-        self._early = b""
-        start = self._infer.start
+    def _begin(self) -> None:
+        data, start = bytes(self._inbox[: self._filled]), self._infer.start
         might_be_ours = data.startswith(start) if len(data) >= len(start) else start.startswith(data)
         end = data.find(b"\r\n\r\n") + 4
-        if might_be_ours and end < 4 and len(data) < _LONGEST_HEAD:
-            self._early = data
+        if might_be_ours and end < 4 and len(data) < _INBOX_BYTES:
             return
         headers = _plain_inference(data[:end]) if might_be_ours else None
         if headers is None or not self._infer.admits(headers):
             self._hand_over(data)
             return
-        self._headers, self._missing = headers, int(headers["content-length"])
+        length = int(headers["content-length"])
+        # Not zeroed: what a client announces takes no memory until it comes.
+        self._headers, self._body = headers, np.empty(length, np.uint8).data
         self._asked = self._infer.begin(headers)
-        self._take(memoryview(data)[end:])
+        came = data[end : end + length]
+        self._body[: len(came)] = came
+        self._missing = length - len(came)
+        self._filled -= end + len(came)
+        self._inbox[: self._filled] = data[end + len(came) :]
+        if not self._missing:
+            self._answer()
 
     def _hand_over(self, data: bytes) -> None:
         self._look.cancel()
@@ -120,17 +137,11 @@ class Connection(asyncio.Protocol):
         self._transport.set_protocol(protocol)
         protocol.data_received(data)
 
-    def _take(self, data: bytes | memoryview) -> None:
-        if len(data) > self._missing:
-            self._early = bytes(data[self._missing :])
-            data = data[: self._missing]
-        self._chunks.append(data)
-        self._missing -= len(data)
-        if not self._missing:
-            body, self._chunks = b"".join(self._chunks), []
-            self._answering = self._loop.create_task(self._answer(body))
+    def _answer(self) -> None:
+        body, self._body = self._body, memoryview(b"")
+        self._answering = self._loop.create_task(self._respond(body))
 
-    async def _answer(self, body: bytes) -> None:
+    async def _respond(self, body: memoryview) -> None:
         assert self._asked is not None
         self._write(await self._infer.respond(self._asked, self._headers, body))
 
@@ -149,9 +160,9 @@ class Connection(asyncio.Protocol):
         self._transport.write(b"".join(parts))
         if self._last:
             self._transport.close()
-        elif self._early:
+        elif self._filled:
             self._transport.resume_reading()
-            self._begin(self._early)
+            self._begin()
 
     def _look_after(self) -> None:
         """Close what is idle, refuse a body that does not come."""

@@ -25,7 +25,7 @@ from radloop.logs import Lines
 from radloop.serving.batching import Answer, Batcher
 from radloop.serving.gateway import ANSWERS_HEADER, CHALLENGER_HEADER, CHAMPION_HEADER, MAX_BODY_BYTES, MIRROR_HEADER
 from radloop.serving.model import Examined, ServedModel
-from radloop.serving.predictions import CHALLENGER, CHAMPION, OK, PredictionLog, PredictionRow
+from radloop.serving.predictions import CHALLENGER, CHAMPION, OK, Digests, PredictionLog, PredictionRow
 from radloop.serving.predictor.metrics import Metrics
 from radloop.serving.protocol import OUTPUTS, Question, Refusal, check_finite
 
@@ -228,7 +228,9 @@ class Core:
                 images = np.stack([one.image for one in examined])
             else:
                 examined, images = [], self._checked(question.images)
-            probabilities, decisions = await self._computed(images, limit - (time.perf_counter() - asked.started))
+            digests = None if examined else Digests(images)
+            left_s = limit - (time.perf_counter() - asked.started)
+            probabilities, decisions = await self._computed(images, left_s, digests.find if digests else None)
         except TimeoutError:
             message = f"there was no answer within {limit:g} s; ask again later, or send fewer images at once"
             raise Refusal(504, "deadline", message) from None
@@ -240,7 +242,7 @@ class Core:
         if not all(map(math.isfinite, columns["probability"])):
             raise Refusal(500, "not_finite", "the model gave a probability that is not finite; nothing can be said")
         asked.images = len(images)
-        self._log(asked, question.site, examined, images, columns)
+        self._log(asked, question.site, examined, digests, columns)
         parameters = {"model_version": self.version, "model_digest": self.model.digest}
         if len(images) == 1:
             parameters["prediction_id"] = columns["prediction_id"][0]
@@ -258,9 +260,11 @@ class Core:
             raise Refusal(400, "not_preprocessed", one_line(error)) from None
         return images
 
-    async def _computed(self, images: NDArray[np.float32], seconds: float) -> Answer:
+    async def _computed(
+        self, images: NDArray[np.float32], seconds: float, afterwards: Callable[[], object] | None
+    ) -> Answer:
         """Raises TimeoutError. A timer of its own does what asyncio.timeout does, for a quarter of its time."""
-        future = self._batcher.submit(images)
+        future = self._batcher.submit(images, afterwards)
         timer = future.get_loop().call_later(seconds, _too_late, future)
         try:
             return await future
@@ -282,26 +286,18 @@ class Core:
         asked: Asked,
         site: str,
         examined: Sequence[Examined],
-        images: NDArray[np.float32],
+        digests: Digests | None,
         columns: dict[str, list[Any]],
     ) -> None:
         """Rows are made by the log's thread: here the client waits."""
         latency_ms, at = _since(asked.started), time.time()
-        for number in range(len(images)):
+        for number in range(asked.images):
             found = {name: columns[name][number] for name in OUTPUTS} | {"site": site or None}
-            one = examined[number] if examined else None
-            make = functools.partial(self._answered_row, asked, latency_ms, at, found, one)
-            self.log.append(make, None if examined else images[number])
-
-    def _answered_row(
-        self, asked: Asked, latency_ms: float, at: float, found: Mapping[str, Any], one: Examined | None
-    ) -> PredictionRow:
-        row = self._row(asked, OK, latency_ms, at)
-        row.update(found)  # type: ignore[typeddict-item]
-        if one is not None:
-            row["sop_uid"], row["study_uid"], row["patient"] = one.sop_uid, one.study_uid, one.patient
-            row["input_digest"], row["tags"], row["features"] = one.input_digest, one.tags, one.features
-        return row
+            row = functools.partial(self._row, asked, OK, latency_ms, at)
+            if digests is None:
+                self.log.append(functools.partial(_filled, row, found, examined[number]))
+            else:
+                self.log.append(functools.partial(_filled, row, found, None, functools.partial(digests.of, number)))
 
     def _row(self, asked: Asked, status: str, latency_ms: float, at: float) -> PredictionRow:
         return PredictionRow(
@@ -326,6 +322,23 @@ class Core:
             latency_ms=latency_ms,
             status=status,
         )
+
+
+def _filled(
+    make: Callable[[], PredictionRow],
+    found: Mapping[str, Any],
+    one: Examined | None,
+    digest: Callable[[], str] | None = None,
+) -> PredictionRow:
+    """A row with its answer; of a DICOM instance, `one`, with what is known of it, of a tensor with its digest."""
+    row = make()
+    row.update(found)  # type: ignore[typeddict-item]
+    if one is not None:
+        row["sop_uid"], row["study_uid"], row["patient"] = one.sop_uid, one.study_uid, one.patient
+        row["input_digest"], row["tags"], row["features"] = one.input_digest, one.tags, one.features
+    elif digest is not None:
+        row["input_digest"] = digest()
+    return row
 
 
 def _too_late(future: asyncio.Future[Answer]) -> None:

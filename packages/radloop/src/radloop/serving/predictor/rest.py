@@ -169,7 +169,7 @@ class Infer:
             return False
         return True
 
-    async def respond(self, asked: Asked, headers: Mapping[str, str], body: bytes) -> Answer:
+    async def respond(self, asked: Asked, headers: Mapping[str, str], body: bytes | memoryview) -> Answer:
         """Answer a request that was read."""
         core, kind, length = self._core, headers.get("content-type", ""), headers.get(BINARY_HEADER)
         try:

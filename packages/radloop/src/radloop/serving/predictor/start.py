@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import logging
 import os
 import signal
@@ -33,8 +34,6 @@ from radloop.serving.predictor.core import DEADLINE_S, Core
 from radloop.serving.predictor.rest import Rest
 
 DRAIN_S = 10
-_SWITCH_S = 0.0005
-"""How long a thread of Python's may make others wait: a tenth of Python's default, as an answer takes a few milliseconds."""
 
 _DOC = """The predictor: one model behind Open Inference Protocol v2 (REST, and gRPC with --grpc-port), one process."""
 
@@ -68,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RadloopError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return REFUSED_EXIT
-    sys.setswitchinterval(_SWITCH_S)
+    gc.collect()
+    gc.freeze()  # what is there now stays: collections need not look through it while somebody waits for an answer
     log = PredictionLog(options.predictions, options.version, interval_s=options.flush_interval_s)
     core = Core(
         model, log, name=options.name, version=options.version, token=token,
