@@ -6,6 +6,7 @@ EXTRAS="pixels serve" or more.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -446,6 +447,33 @@ def test_a_release_is_driven_as_on_one_machine(served: Served, following: Follow
     assert "0" * 64 in str(refused.value), "the predictor's own words are not told"
     assert served.ask(20) == {"3": 20}
     desire(home, rollout.rolled_back(home))
+
+
+def test_a_challenger_that_keeps_dying_loses_its_share(served: Served, following: Following) -> None:
+    """Half of the patients would get no answer until a person looks; the champion answers them while the pod is in a loop."""
+    both, canary = served.both, Routing("canary", 50)
+    rollout.deploy(served.home, served.single, timeout_s=120)
+    rollout.deploy(served.home, State(models=both, routing=canary), timeout_s=120)
+    assert served.ask(20, **{SUBJECT_HEADER: "0"}) == {"2": 20}
+    pod = served.pods("2")[0].split()[1]
+
+    def keep_dead(seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            with contextlib.suppress(AssertionError):  # it waits before it starts again
+                kill_predictor_in(pod)
+            time.sleep(0.2)
+
+    with Load(served) as load:
+        keep_dead(5)
+        at_first, load.told = load.told, Counter()
+        keep_dead(10)
+        then = load.told.copy()
+    print(f"a challenger that dies: for 5 s {dict(at_first)}, then {dict(then)}")
+    assert set(at_first) <= {"1", "2", "503", "RemoteProtocolError"}
+    assert set(then) == {"1"} and then.total() > 50
+    wait_until(lambda: served.ask(1, **{SUBJECT_HEADER: "0"}) == {"2": 1}, 90)
+    desire(served.home, served.single)
 
 
 def test_what_is_not_ready_gets_no_traffic(served: Served) -> None:

@@ -23,6 +23,7 @@ from radloop.serving.children import REFUSED_EXIT
 from radloop.serving.desired import (
     Desired,
     ModelRef,
+    Models,
     Observed,
     ObservedGateway,
     ObservedModel,
@@ -136,19 +137,30 @@ class Controller:
         }
 
     def _roll(self) -> None:
-        """Bring the routes into effect once every desired predictor is Ready; then let go of those without routes."""
+        """Bring the routes into effect once every desired predictor is Ready; then let go of those without routes.
+
+        A challenger that is not Ready gets no share: the champion answers all, until it is Ready (again).
+        """
+        models = self._desired.models
         if not all(self._is_ready(ref) for ref in self._wanted()):
+            if models.champion is not None and models.challenger is not None and self._is_ready(models.champion):
+                self._route(State(models=Models(champion=models.champion)))
             return
-        routes: list[Manifest] = []
-        if self._desired.models.champion is not None:
-            state = State(models=self._desired.models, routing=self._desired.routing)
-            routes = manifests.manifests(state, self._place, self._mesh)["routes.yaml"]
-        if routes != self._routed:
-            for route in routes:
-                move(self._cluster, route)
-            self._routed = routes
+        if self._route(State(models=models, routing=self._desired.routing)):
             self._retire()
         self._routing, self._generation = self._desired.routing, self._desired.generation
+
+    def _route(self, state: State) -> bool:
+        """Whether routes had to change."""
+        routes: list[Manifest] = []
+        if state.models.champion is not None:
+            routes = manifests.manifests(state, self._place, self._mesh)["routes.yaml"]
+        if routes == self._routed:
+            return False
+        for route in routes:
+            move(self._cluster, route)
+        self._routed = routes
+        return True
 
     def _retire(self) -> None:
         """Delete predictors that no route leads to any more: their pods finish what they have taken."""
