@@ -369,10 +369,16 @@ class Following:
         assert self._process.wait(20) == (0 if number == signal.SIGTERM else -number), self._said.read_text()
 
 
-@pytest.fixture
-def following(served: Served, tmp_path: Path) -> Iterator[Following]:
-    """Return the process that follows, with the role that we publish for it."""
+@pytest.fixture(scope="module")
+def allowed(served: Served) -> None:
+    """Give the role that we publish for `radloop serve`."""
     allow(served.namespace, "radloop-serve")
+
+
+@pytest.fixture
+def following(served: Served, allowed: None, tmp_path: Path) -> Iterator[Following]:
+    """Return the process that follows, with its role."""
+    del allowed
     served.configure(served.address)
     made = Following(served, tmp_path)
     yield made
