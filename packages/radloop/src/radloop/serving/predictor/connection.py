@@ -1,8 +1,8 @@
 """HTTP connections of the predictor: inferences are answered here, everything else by uvicorn.
 
-A general server's work on a request, 0.1 to 0.2 ms of CPU more than here, counts beside a small model's 4 ms. So a connection begins
-here: a request whose head says that it is a plain inference (POST, Content-Length, nothing to negotiate, admitted) is read and
-answered without that. The first request that is anything else takes its connection to uvicorn's own protocol, from its first
+A general server's work on a request, 0.1 to 0.2 ms of CPU more than here, counts beside a small model's 4 ms. So a connection
+begins here: a request whose head says that it is a plain inference (POST, Content-Length, nothing to negotiate, admitted) is read
+and answered without that. The first request that is anything else takes its connection to uvicorn's own protocol, from its first
 byte and for good.
 """
 
@@ -35,7 +35,9 @@ _NEGOTIATED = frozenset({"transfer-encoding", "expect", "upgrade"})
 
 
 class Connection(asyncio.BufferedProtocol):
-    """One connection, in uvicorn's terms an HTTP protocol. A body is read to where the model takes it from: only what came with its head is copied.
+    """One connection, in uvicorn's terms an HTTP protocol.
+
+    A body is read to where the model takes it from: only what came with its head is copied.
 
     Args:
         infer: answers inferences.
