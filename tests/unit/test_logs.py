@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import subprocess
+import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,27 +45,40 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[Read]:
         os.close(each)
 
 
-def test_our_words_are_told_and_others_are_not(read: Read) -> None:
-    """If this failed, a warning of pydicom that quotes PatientName would be in the hospital's log server, for everybody."""
-    logs.configure("listen")
-    logging.getLogger("radloop.dicom.listener").info("an association of %s is over", "CT1")
-    logging.getLogger("pydicom").warning("Invalid value %s", NAME)
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.warn(f"Invalid value {NAME}", UserWarning, stacklevel=1)
-    try:
-        raise ValueError(NAME)
-    except ValueError:
-        logging.getLogger("radloop.dicom.listener").exception("a connection failed")
-    told = read()
-    assert NAME not in json.dumps(told)
-    association, foreign, warned, failed = told
+OTHERS = """
+import logging, sys, warnings
+from radloop import logs
+
+name = sys.argv[1]
+logs.configure("listen")
+logging.getLogger("radloop.dicom.listener").info("an association of %s is over", "CT1")
+logging.getLogger("pydicom").warning("Invalid value %s", name)
+warnings.warn(f"Invalid value {name}", UserWarning, stacklevel=1)
+try:
+    raise ValueError(name)
+except ValueError:
+    logging.getLogger("radloop.dicom.listener").exception("a connection failed")
+"""
+
+
+def test_our_words_are_told_and_others_are_not(tmp_path: Path) -> None:
+    """If this failed, a warning of pydicom that quotes PatientName would be in the hospital's log server, for everybody.
+
+    In a process of its own: what becomes of a warning is the whole process's affair, and any thread of it may change that.
+    """
+    script = tmp_path / "others.py"
+    script.write_text(OTHERS)
+    done = subprocess.run(
+        [sys.executable, str(script), NAME], env=os.environ | {"RADLOOP_LOG": "json"}, capture_output=True, check=True
+    )
+    assert NAME.encode() not in done.stderr + done.stdout
+    association, foreign, warned, failed = map(json.loads, done.stderr.splitlines())
     assert (association["message"], association["level"], association["process"]) == (
         "an association of CT1 is over", "info", "listen",
     )  # fmt: skip
-    assert (foreign["logger"], foreign["where"].partition(":")[0]) == ("pydicom", "test_logs.py")
-    assert (warned["warning"], warned["where"].partition(":")[0]) == ("UserWarning", "test_logs.py")
-    assert failed["exception"] == "ValueError" and "test_our_words" in failed["frames"][-1]
+    assert (foreign["logger"], foreign["where"].partition(":")[0]) == ("pydicom", "others.py")
+    assert (warned["warning"], warned["where"].partition(":")[0]) == ("UserWarning", "others.py")
+    assert failed["exception"] == "ValueError" and "<module>" in failed["frames"][-1]
 
 
 def test_a_line_is_never_torn(read: Read) -> None:
