@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -269,12 +271,14 @@ def test_dags_alone_bring_a_model_from_modality_to_promotion(
         dags = ("ingest-and-prepare", "train", "evaluate", "release")
         return "\n".join(f"{dag} {run}: {airflow.states(dag, run)}" for dag in dags for run, _ in airflow.runs(dag))
 
-    wait_until(released, 900, stand)
+    reference = make(tmp_path / "opacity")
+    with ThreadPoolExecutor() as beside:
+        local = beside.submit(with_local, reference, hospital)
+        wait_until(released, 900, stand)
+        local.result()
     assert answered == ["package", "canary"]  # subgroups of few patients are undetermined; a release needs a person
     assert json.loads((project / "serving" / "desired.json").read_text())["models"]["champion"]["version"] == "1"
 
-    reference = make(tmp_path / "opacity")
-    with_local(reference, hospital)
     ours, theirs = facts(project), facts(reference)
     assert ours == theirs
 
@@ -323,12 +327,15 @@ def test_demo_on_airflow_makes_what_local_makes(airflow: Airflow, tmp_path: Path
     """Both rounds, drift and challenger included: who moves from the laptop to Airflow finds the same versions and decisions."""
     here, there = tmp_path / "here", tmp_path / "there"
     script = Path(__file__).parent / "demo_by_rest.py"
-    for command in (
+    commands = (
         [CORE, "-m", "radloop.cli", "demo", str(here), "--size", "small", "--yes"],
         [CORE, str(script), str(there), str(airflow.home), str(airflow.port), CORE],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    )
+    with ThreadPoolExecutor() as side_by_side:
+        for done in side_by_side.map(
+            functools.partial(subprocess.run, capture_output=True, text=True, check=False), commands
+        ):
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     assert {json.loads(record.read_text())["engine"] for record in there.glob("runs/*/run.json")} == {"airflow"}
     local = made(here)
     assert len(local.datasets) == 2

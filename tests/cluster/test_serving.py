@@ -478,6 +478,9 @@ def test_a_challenger_that_keeps_dying_loses_its_share(served: Served, following
     print(f"a challenger that dies: for 5 s {dict(at_first)}, then {dict(then)}")
     assert set(at_first) <= {"1", "2", "503", "RemoteProtocolError"}
     assert set(then) == {"1"} and then.total() > 50
+    command = [sys.executable, "-m", "radloop.cli", "status", "--project", str(served.home)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "the champion answers all meanwhile" in told, told
     wait_until(lambda: served.ask(1, **{SUBJECT_HEADER: "0"}) == {"2": 1}, 90)
     desire(served.home, served.single)
 

@@ -75,3 +75,16 @@ def test_what_waits_at_the_end_is_finished() -> None:
         assert [round(float(found[0]) * 20) for found, _ in answers] == list(range(20))
 
     asyncio.run(ask())
+
+
+def test_what_is_done_afterwards_may_fail() -> None:
+    """Where memory is short, a digest that cannot be found must not end the thread that would have read the next study."""
+
+    async def ask() -> None:
+        batcher = Batcher(_compute, threads=1, observe=lambda _: None)
+        async with asyncio.timeout(10):
+            for value in (0.25, 0.75):
+                assert (await batcher.submit(_image(value), lambda: 1 // 0))[0].tolist() == [value]
+        batcher.close()
+
+    asyncio.run(ask())

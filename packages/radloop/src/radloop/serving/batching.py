@@ -96,7 +96,8 @@ class Batcher:
                 return
             for _, _, afterwards in taken:
                 if afterwards is not None:
-                    afterwards()
+                    with suppress(Exception):  # the thread has others to answer
+                        afterwards()
 
     def _share(self) -> list[_Asked]:
         """This thread's share of what waits; nothing if nothing waits."""

@@ -145,6 +145,7 @@ class Controller:
         if not all(self._is_ready(ref) for ref in self._wanted()):
             if models.champion is not None and models.challenger is not None and self._is_ready(models.champion):
                 self._route(State(models=Models(champion=models.champion)))
+                self._routing = Routing()
             return
         if self._route(State(models=models, routing=self._desired.routing)):
             self._retire()
@@ -192,6 +193,10 @@ class Controller:
 
     def _observed_model(self, name: str, ref: ModelRef) -> ObservedModel:
         why, ends = unready(self._told.get(ref.model_digest, {})), self._ends.get(ref.model_digest, Ends())
+        error = (ends.said or why) if why else None
+        if error and name == "challenger" and self._routing.strategy == "single":
+            first, *more = error.splitlines()
+            error = "\n".join([f"{first}; the champion answers all meanwhile", *more])
         return ObservedModel(
             name=name,
             version=ref.version,
@@ -200,7 +205,7 @@ class Controller:
             ready=not why,
             restarts=ends.restarts,
             refused=bool(why) and ends.status == REFUSED_EXIT,
-            last_error=(ends.said or why) if why else None,
+            last_error=error,
         )
 
     def _door(self, ref: ModelRef) -> Door:

@@ -92,7 +92,8 @@ class Observed(msgspec.Struct, frozen=True):
     """What is served.
 
     generation: the last desired state that took full effect. desired_mtime_ns: of the desired.json that this report
-    looks at. error: what hinders the next generation.
+    looks at. routing: what is in effect: "single" too while the champion stands in for a challenger that is not ready (on
+    Kubernetes). error: what hinders the next generation.
     """
 
     generation: int
