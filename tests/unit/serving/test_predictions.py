@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -141,6 +142,25 @@ def test_a_damaged_line_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read") as caught:
         list(predictions.read(tmp_path))
     assert "line 2" in str(caught.value)
+
+
+def test_a_row_is_pending_until_it_is_on_disk(tmp_path: Path) -> None:
+    """A predictor is ready while few rows wait: those that a slow disk is being given wait, too."""
+    log, taken, go_on = PredictionLog(tmp_path, "1", interval_s=0.02), threading.Event(), threading.Event()
+
+    def slow() -> PredictionRow:
+        taken.set()
+        go_on.wait(10)
+        return row(0)
+
+    log.append(slow)
+    assert taken.wait(10)
+    pending = log.pending
+    go_on.set()
+    wait_until(lambda: log.pending == 0)
+    assert pending == 1
+    assert list(predictions.read(tmp_path)) == [row(0)]
+    log.close()
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ class PredictionLog:
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
         self._encoder = msgspec.json.Encoder()
         self._rows: deque[Callable[[], PredictionRow] | PredictionRow] = deque()
+        self._made: list[PredictionRow] = []  # taken from there, and not on disk yet
         self._closing = threading.Event()
         self._interval_s = interval_s
         self.failures = 0
@@ -124,7 +125,7 @@ class PredictionLog:
     @property
     def pending(self) -> int:
         """Rows that are not on disk yet."""
-        return len(self._rows)
+        return len(self._rows) + len(self._made)
 
     def close(self) -> None:
         """Write what waits and close the file."""
@@ -138,18 +139,19 @@ class PredictionLog:
         self._flush()
 
     def _flush(self) -> None:
-        made = []
         for _ in range(len(self._rows)):
-            row = self._rows.popleft()
-            made.append(row() if callable(row) else row)
-        if not made:
+            row = self._rows[0]
+            self._made.append(row() if callable(row) else row)
+            self._rows.popleft()  # only now, so that `pending` never misses it
+        if not self._made:
             return
-        data = b"".join(self._encoder.encode(row) + b"\n" for row in made)
+        data = b"".join(self._encoder.encode(row) + b"\n" for row in self._made)
         try:
             self._write(data)
         except OSError:
             self.failures += 1
-            self._rows.extendleft(reversed(made))
+        else:
+            self._made.clear()
 
     def _write(self, data: bytes) -> None:
         """All of it or, as far as the file is concerned, nothing: a half-written batch is cut off again."""

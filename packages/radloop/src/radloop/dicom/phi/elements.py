@@ -8,6 +8,7 @@ from typing import Any
 
 from pydicom._dicom_dict import DicomDictionary
 from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence
 
 from radloop.dicom.layout import Layouts
 from radloop.dicom.phi.words import Charset, text_values
@@ -32,13 +33,10 @@ def seen(ds: Dataset, path: str = "", charset: Charset = ()) -> Iterator[Seen]:
     for tag in list(ds.keys()):
         element = ds.get_item(tag, keep_deferred=True)
         vr = _vr(element.VR, int(tag))
-        if vr != "SQ":
-            yield path, int(tag), vr, _value(ds, element, vr), charset
+        items = _items(ds, tag) if vr == "SQ" else None
+        if items is None:
+            yield path, int(tag), "UN" if vr == "SQ" else vr, _value(ds, element), charset
             continue
-        try:
-            items: Any = ds[tag].value or []
-        except Exception:  # noqa: BLE001 - not the sequence it says it is
-            items = []
         if tag.is_private:
             yield path, int(tag), vr, (), charset
         here = path + (keyword(int(tag)) or tag_text(int(tag)))
@@ -128,7 +126,16 @@ def _split_charset(value: bytes) -> Charset:
     return tuple(part.strip(" \0") for part in value.decode("latin-1").split("\\"))
 
 
-def _value(ds: Dataset, element: Any, vr: str) -> bytes | tuple[str, ...]:
+def _items(ds: Dataset, tag: Any) -> Sequence | None:
+    """None of what is not the sequence that it says it is; pydicom reads that as text, or not at all."""
+    try:
+        value = ds[tag].value
+    except Exception:  # noqa: BLE001 - pydicom raises many kinds
+        return None
+    return value if isinstance(value, Sequence) else None
+
+
+def _value(ds: Dataset, element: Any) -> bytes | tuple[str, ...]:
     value = element.value
     if isinstance(value, bytes):
         return value
