@@ -325,6 +325,16 @@ def test_explain_says_what_and_why_without_values(alone: Run, export: Path) -> N
     assert shown["PatientName"]["before"] == NAME and shown["PatientName"]["after"].startswith("P")
 
 
+def test_explain_reads_what_it_can(alone: Run, export: Path, tmp_path: Path) -> None:
+    """Who asks why a broken file was cleaned as it was must get an answer, not a traceback that may quote it."""
+    first, broken = sorted(path for path in export.rglob("*") if path.is_file())[0], tmp_path / "broken.dcm"
+    data = first.read_bytes()
+    broken.write_bytes(data.replace(b"\x08\x00\x70\x10PN", b"\x08\x00\x70\x10QC"))  # no VR
+    rows = {row["path"]: row for row in alone("--explain", broken, "--json", "--show-values").json}
+    assert (rows["OperatorsName"]["before"], rows["OperatorsName"]["action"]) == ("unreadable", "REMOVE")
+    assert rows["Modality"]["before"] == rows["Modality"]["after"] != ""
+
+
 def test_explain_and_the_report_agree(alone: Run, export: Path, tmp_path: Path) -> None:
     """Two tellings of one thing that differ would both be worth nothing."""
     first = sorted(path for path in export.rglob("*") if path.is_file())[0]

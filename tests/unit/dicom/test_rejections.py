@@ -134,3 +134,17 @@ def test_our_own_note_is_one_too() -> None:
     wrong = results.picture(image(1), None, np.zeros((64, 64), np.uint8), said, algorithm, at=AT)
     told = read_note(results.rejection([wrong], "patient safety", at=AT))
     assert told is not None and (told.title, told.names) == ("113037", [str(wrong.SOPInstanceUID)])
+
+
+def test_what_can_be_read_of_a_broken_note_counts() -> None:
+    """If this failed, one broken object of an archive would keep a study without an answer, or let a rejected image through."""
+    images = [image(1), image(2), image(3)]
+    data = written(note(images[0], images[1]))
+    item = data.index(b"\x08\x00\x55\x11UI")
+    broken = data[: item + 4] + b"QC" + data[item + 6 :]  # no VR, so one of the two is not named
+    found = read_note(pydicom.dcmread(io.BytesIO(broken)))
+    assert found is not None and len(found.names) == 1
+    assert len(images_of([*map(written, images), broken])) == 2
+    untitled = data.replace(b"\x08\x00\x00\x01SH", b"\x08\x00\x00\x01QC")
+    assert read_note(pydicom.dcmread(io.BytesIO(untitled))) is None
+    assert len(images_of([*map(written, images), untitled])) == 3

@@ -7,7 +7,6 @@ from typing import Any
 
 import msgspec
 from pydicom.datadict import keyword_for_tag
-from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
 
 from radloop.dicom.deidentify import Deidentifier
@@ -114,7 +113,7 @@ class _Explainer:
             done = action.name
             if not path and name in _STAMPED:
                 done, why = "STAMP", _STAMPED[name]
-            yield self._row(name, vr, done, why, before, tag, new)
+            yield self._row(name, vr, done, why, tag, before, after)
             if new is not None and vr == "SQ" and action is Action.RECURSE:
                 yield from self._inner(before[tag].value, after[tag].value if after is not None else [], name, tag)
         for tag in list(after.keys()) if after is not None else []:
@@ -122,17 +121,17 @@ class _Explainer:
                 assert after is not None
                 name = path + (keyword_for_tag(tag) or str(tag))
                 why = "says what was done (PS3.15 E.1.1)" if not path else "stands for what was removed"
-                yield self._row(name, after[tag].VR, "ADDED", why, None, tag, after[tag])
+                yield self._row(name, after[tag].VR, "ADDED", why, tag, None, after)
 
     def _inner(self, before: Any, after: Any, name: str, tag: Any) -> Iterator[Explained]:
         for number, item in enumerate(before):
             other = after[number] if number < len(after) else None
             yield from self.items(item, other, f"{name}[{number + 1}].", keyword_for_tag(tag))
 
-    def _row(self, name: str, vr: str, action: str, why: str, before: Dataset | None, tag: Any, new: Any) -> Explained:
-        shown = ("", "")
-        if self.values:
-            shown = (_shown(before[tag]) if before is not None else "", _shown(new) if new is not None else "")
+    def _row(
+        self, name: str, vr: str, action: str, why: str, tag: Any, before: Dataset | None, after: Dataset | None
+    ) -> Explained:
+        shown = (_shown(before, tag), _shown(after, tag)) if self.values else ("", "")
         return Explained(path=name, vr=vr, action=action, why=why, before=shown[0], after=shown[1])
 
     def _pixels(self, ds: Dataset) -> str:
@@ -168,19 +167,18 @@ def _rule(vr: str, action: Action) -> str:
     return "string" if vr in ("CS", "DS", "IS") else "else"
 
 
-def _shown(element: DataElement | RawDataElement) -> str:
-    """A value for the eyes of someone who may see it."""
-    if isinstance(element, RawDataElement):
-        ds = Dataset()
-        ds[element.tag] = element
-        element = ds[element.tag]
-    if element.VR == "SQ":
-        return f"{len(element.value)} item{'s' * (len(element.value) != 1)}"
-    if isinstance(element.value, bytes):
-        return f"{len(element.value)} bytes"
+def _shown(ds: Dataset | None, tag: Any) -> str:
+    """A value for the eyes of someone who may see it; empty if there is none."""
+    if ds is None or tag not in ds:
+        return ""
     try:
+        element = ds[tag]
+        if element.VR == "SQ":
+            return f"{len(element.value)} item{'s' * (len(element.value) != 1)}"
+        if isinstance(element.value, bytes):
+            return f"{len(element.value)} bytes"
         text = "\\".join(values_of(element))
-    except Exception:  # noqa: BLE001 - unreadable
+    except Exception:  # noqa: BLE001 - pydicom raises many kinds on bytes that are not what the VR says
         return "unreadable"
     text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"

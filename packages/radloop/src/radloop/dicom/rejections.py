@@ -15,6 +15,7 @@ from pydicom.uid import KeyObjectSelectionDocumentStorage
 
 from radloop.catalog.audit import record
 from radloop.catalog.store import Catalog
+from radloop.dicom.deidentify.values import items_of, text_of
 from radloop.dicom.landing import Landing
 
 TITLES = {
@@ -34,12 +35,12 @@ class Note(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_note(ds: Dataset) -> Note | None:
-    """What a rejection note says; None of any other instance."""
-    if ds.get("SOPClassUID") != KeyObjectSelectionDocumentStorage:
+    """What a rejection note says; None of any other instance. What cannot be read of a broken one is left out."""
+    if text_of(ds, "SOPClassUID") != KeyObjectSelectionDocumentStorage:
         return None
-    for code in ds.get("ConceptNameCodeSequence") or []:
-        title = str(code.get("CodeValue") or "")
-        if str(code.get("CodingSchemeDesignator") or "") == "DCM" and title in TITLES:
+    for code in items_of(ds, "ConceptNameCodeSequence"):
+        title = text_of(code, "CodeValue")
+        if text_of(code, "CodingSchemeDesignator") == "DCM" and title in TITLES:
             return Note(title=title, names=sorted(set(_named(ds))))
     return None
 
@@ -47,10 +48,10 @@ def read_note(ds: Dataset) -> Note | None:
 def _named(ds: Dataset) -> Iterator[str]:
     """Every instance of the evidence (PS3.3 C.17.6.2.1): a note is about all that it references."""
     for keyword in ("CurrentRequestedProcedureEvidenceSequence", "PertinentOtherEvidenceSequence"):
-        for study in ds.get(keyword) or []:
-            for series in study.get("ReferencedSeriesSequence") or []:
-                for one in series.get("ReferencedSOPSequence") or []:
-                    if uid := str(one.get("ReferencedSOPInstanceUID") or ""):
+        for study in items_of(ds, keyword):
+            for series in items_of(study, "ReferencedSeriesSequence"):
+                for one in items_of(series, "ReferencedSOPSequence"):
+                    if uid := text_of(one, "ReferencedSOPInstanceUID"):
                         yield uid
 
 
@@ -72,7 +73,7 @@ def take_notes(landing: Landing, catalog: Catalog, *, actor: str) -> int:
         )
         try:
             note = read_note(dcmread(landing.landed(row.source_sha256)))
-        except Exception:  # noqa: BLE001, S112 - broken or gone: de-identification refuses it with a reason
+        except Exception:  # noqa: BLE001, S112 - no DICOM file, or gone: de-identification refuses it with a reason
             continue
         if note is not None:
             names = [landing.pseudonym(uid) for uid in note.names]

@@ -47,6 +47,14 @@ def text_of(ds: Dataset, keyword: str) -> str:
         return ""
 
 
+def items_of(ds: Dataset, keyword: str) -> list[Dataset]:
+    """The items of a sequence; none if it is absent, unreadable, or not the sequence that it says it is."""
+    try:
+        return [item for item in ds[keyword].value if isinstance(item, Dataset)] if keyword in ds else []
+    except Exception:  # noqa: BLE001 - unreadable is as good as absent here
+        return []
+
+
 def number_of(ds: Dataset, group: int, element: int) -> int | None:
     """An attribute as a number; None if absent or unreadable."""
     try:
