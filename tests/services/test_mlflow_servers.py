@@ -89,20 +89,29 @@ class Server:
                 time.sleep(0.1)
         raise AssertionError(f"not ready:\n{self.log.read_text()[-3000:]}")
 
+    def answers(self) -> bool:
+        """Whether it answers by itself, without the gateway."""
+        try:
+            return httpx.get(self.url + self._health, timeout=10).status_code == 200
+        except httpx.HTTPError:
+            return False
+
     def kill(self) -> None:
-        os.killpg(self._group, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(self._group, signal.SIGKILL)
 
     def end(self) -> int:
-        """By SIGTERM; the exit status."""
+        """By SIGTERM, or by SIGKILL where that does not help; the exit status."""
         self._guard.terminate()
         try:
-            return self._guard.wait(30)
-        finally:
-            self._guard.kill()
-            with suppress(ProcessLookupError):
-                self.kill()
-            assert self._guard.stdout is not None
-            self._guard.stdout.close()
+            self._guard.wait(30)
+        except subprocess.TimeoutExpired:
+            print(f"{self.url} had hung: {self.log.read_text()[-500:]}")
+        self.kill()
+        self._guard.kill()
+        assert self._guard.stdout is not None
+        self._guard.stdout.close()
+        return self._guard.wait()
 
 
 def _port() -> int:
@@ -153,6 +162,26 @@ class Place:
         ]
         for server in (*self.tracking, *self.models):
             server.wait()
+        self._open_stores()
+
+    def _open_stores(self) -> None:
+        """MLflow opens its store at the first request: not by several at once, which is no matter of the pool's."""
+        for server in self.tracking:
+            told = httpx.post(f"{server.url}/api/2.0/mlflow/experiments/search", json={"max_results": 1}, timeout=30)
+            assert told.status_code == 200, told.text
+
+    def begin_again(self) -> None:
+        """Tracking servers anew, at the same ports."""
+        for server in self.tracking:
+            server.kill()
+        self.tracking = [self._tracking_server(server.port) for server in self.tracking]
+        for server in self.tracking:
+            server.wait()
+        self._open_stores()
+        before, until = self.asked("tracking"), time.monotonic() + 60
+        while any(self.asked("tracking")[server.port] == before[server.port] for server in self.tracking):
+            assert time.monotonic() < until, "the gateway does not see them"
+            httpx.get(f"{self.tracking_url}/health", timeout=30)
 
     def _tracking_server(self, port: int) -> Server:
         command = [
@@ -339,10 +368,10 @@ def test_a_killed_tracking_server_is_not_felt_and_doubles_nothing(place: Place) 
     made: Counter[str] = Counter()
     with httpx.Client(timeout=30) as session:
         run = _new_run(place, session, "load").json()["run"]["info"]["run_id"]
-    before = place.asked("tracking")
+    before, attempt = place.asked("tracking"), 1
 
     def work(session: httpx.Client, number: int, turn: int) -> None:
-        name = f"made-{number}-{turn}"
+        name = f"made-{attempt}-{number}-{turn}"
         metric = {"run_id": run, "key": f"m{number}", "value": turn, "timestamp": turn, "step": turn}
         for what, ask in (
             ("read", lambda: _api(place, session, "GET", "runs/get", run_id=run)),
@@ -358,7 +387,17 @@ def test_a_killed_tracking_server_is_not_felt_and_doubles_nothing(place: Place) 
                 told = f"{what} {answer.status_code} {answer.text}"
                 assert what == "create" and answer.json()["error_code"] == "ABORTED", told
 
-    _load(work, place.tracking[1].kill)
+    try:
+        _load(work, place.tracking[1].kill)
+    except AssertionError:
+        # Once in some dozens of loads MLflow 3.17's own server stands still: asked directly, it does not answer either.
+        if place.tracking[0].answers():
+            raise
+        print(f"the other server had hung by itself: {place.tracking[0].log.read_text()[-500:]}")
+        place.begin_again()
+        answers, made, attempt = Counter(), Counter(), 2
+        before = place.asked("tracking")
+        _load(work, place.tracking[1].kill)
     assert {status for _what, status in answers} <= {200, 409}, answers
     assert sum(count for (_what, status), count in answers.items() if status == 409) <= 4, (
         answers
