@@ -710,7 +710,6 @@ def test_echo_between_instances_is_answered_at_once(listener: Listener) -> None:
     ae.add_requested_context(CR, ExplicitVRLittleEndian)
     ae.add_requested_context("1.2.840.10008.1.1")
     association = ae.associate("127.0.0.1", listener.port, ae_title="RADLOOP")
-    seconds = []
     for number in range(5):
         ds = image(number)
         ds.file_meta = FileMetaDataset()
@@ -718,8 +717,7 @@ def test_echo_between_instances_is_answered_at_once(listener: Listener) -> None:
         assert association.send_c_store(ds).Status == 0
         began = time.monotonic()
         assert association.send_c_echo().Status == 0
-        seconds.append(time.monotonic() - began)
-    assert min(seconds) < 0.5  # the machine may be busy at one of them, not at all
+        assert time.monotonic() - began < 1
     association.release()
     assert association.is_released
 
@@ -764,12 +762,9 @@ def test_an_idle_association_costs_next_to_nothing(listener: Listener) -> None:
     """If this failed, twenty open associations would take a processor from those that send."""
     peers = [Sender(listener.port, [(CR, ExplicitVRLittleEndian)]) for _ in range(8)]
     time.sleep(1.5)
-    spent = []
-    for _ in range(3):  # what an earlier test has left behind may still be at work in one of them
-        before = time.process_time()
-        time.sleep(1.0)
-        spent.append(time.process_time() - before)
-    assert min(spent) < 0.2, spent
+    before = time.process_time()
+    time.sleep(2.0)
+    assert time.process_time() - before < 0.4
     for peer in peers:
         peer.socket.sendall(ABORT)
         peer.socket.close()

@@ -62,6 +62,7 @@ class Controller:
         self._applied: tuple[Desired, float] | None = None
         self._routed: list[Manifest] = []
         self._routing, self._generation = Routing(), 0
+        self._stands_in = False  # the champion, for a challenger that is not Ready
         self._told: dict[str, Manifest] = {}
         self._ends: dict[str, Ends] = {}
         self._doors: dict[str, Door] = {}
@@ -141,11 +142,11 @@ class Controller:
 
         A challenger that is not Ready gets no share: the champion answers all, until it is Ready (again).
         """
-        models = self._desired.models
+        models, self._stands_in = self._desired.models, False
         if not all(self._is_ready(ref) for ref in self._wanted()):
             if models.champion is not None and models.challenger is not None and self._is_ready(models.champion):
                 self._route(State(models=Models(champion=models.champion)))
-                self._routing = Routing()
+                self._routing, self._stands_in = Routing(), True
             return
         if self._route(State(models=models, routing=self._desired.routing)):
             self._retire()
@@ -194,7 +195,7 @@ class Controller:
     def _observed_model(self, name: str, ref: ModelRef) -> ObservedModel:
         why, ends = unready(self._told.get(ref.model_digest, {})), self._ends.get(ref.model_digest, Ends())
         error = (ends.said or why) if why else None
-        if error and name == "challenger" and self._routing.strategy == "single":
+        if error and name == "challenger" and self._stands_in:
             first, *more = error.splitlines()
             error = "\n".join([f"{first}; the champion answers all meanwhile", *more])
         return ObservedModel(
