@@ -24,7 +24,7 @@ class Airflow:
         self.home, self.port = home, port
         passwords = json.loads((home / "simple_auth_manager_passwords.json.generated").read_text())
         ((self.user, password),) = passwords.items()
-        self._client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+        self._client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120)
         told = self._client.post("/auth/token", json={"username": self.user, "password": password}).json()
         self._client.headers["Authorization"] = f"Bearer {told['access_token']}"
 
@@ -34,14 +34,19 @@ class Airflow:
 
     def get(self, path: str, **query: Any) -> Any:
         """A resource under /api/v2."""
-        return self._client.get(f"/api/v2/{path}", params=query).raise_for_status().json()
+        return self._done(self._client.get(f"/api/v2/{path}", params=query)).json()
+
+    def _done(self, answer: httpx.Response) -> httpx.Response:
+        """An answer, or the error that it tells of; of one that is Airflow's own fault, what its log says."""
+        if answer.is_server_error:
+            log = (self.home / "logs" / "api-server.log").read_text(errors="replace")
+            raise AssertionError(f"{answer.request.method} {answer.url}: {answer.status_code}\n{log[-5000:]}")
+        return answer.raise_for_status()
 
     def trigger(self, dag_id: str) -> str:
         """Start a DAG; the run's id."""
         asked = {"logical_date": None, "conf": {}}
-        return str(
-            self._client.post(f"/api/v2/dags/{dag_id}/dagRuns", json=asked).raise_for_status().json()["dag_run_id"]
-        )
+        return str(self._done(self._client.post(f"/api/v2/dags/{dag_id}/dagRuns", json=asked)).json()["dag_run_id"])
 
     def wait_for_dag(self, dag_id: str) -> None:
         """Wait until the DAG processor has read a DAG."""
@@ -73,7 +78,7 @@ class Airflow:
     def end(self, dag_id: str, run: str, task: str) -> None:
         """Mark a task as failed."""
         path = f"/api/v2/dags/{dag_id}/dagRuns/{run}/taskInstances/{task}"
-        self._client.patch(path, json={"new_state": "failed"}).raise_for_status()
+        self._done(self._client.patch(path, json={"new_state": "failed"}))
 
     def clear(self, dag_id: str, run: str, task: str) -> None:
         """Have a task and all behind it run again."""
@@ -84,7 +89,7 @@ class Airflow:
             "only_failed": False,
             "dry_run": False,
         }
-        self._client.post(f"/api/v2/dags/{dag_id}/clearTaskInstances", json=asked).raise_for_status()
+        self._done(self._client.post(f"/api/v2/dags/{dag_id}/clearTaskInstances", json=asked))
 
     def asked(self, dag_id: str = "~", run: str = "~") -> list[dict[str, Any]]:
         """What waits for a person in Required Actions."""
@@ -98,7 +103,7 @@ class Airflow:
         task = one["task_instance"]
         path = f"dags/{task['dag_id']}/dagRuns/{task['dag_run_id']}/taskInstances/{task['task_id']}/{task['map_index']}"
         body = {"chosen_options": [option], "params_input": {"why": why}}
-        self._client.patch(f"/api/v2/{path}/hitlDetails", json=body).raise_for_status()
+        self._done(self._client.patch(f"/api/v2/{path}/hitlDetails", json=body))
 
 
 def wait_until(true: Callable[[], bool], seconds: float, why: Callable[[], str] = lambda: "") -> None:

@@ -9,8 +9,10 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -216,6 +218,19 @@ def test_only_who_holds_the_role_may_answer(airflow: Airflow, tmp_path: Path) ->
     assert approvals_in(home) == []
 
 
+def test_a_busy_database_is_waited_for(airflow: Airflow, tmp_path: Path) -> None:
+    """A DAG that is parsed, or a backup, holds SQLite's only lock: who starts a run meanwhile must wait, not get an error."""
+    home = make(tmp_path / "busy")
+    assert finished(airflow, "busy", small_dag(airflow, home, only(s.numbers), "busy")) == "success"
+    with contextlib.closing(sqlite3.connect(airflow.home / "airflow.db", timeout=60, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with ThreadPoolExecutor(1) as pool:
+            run = pool.submit(airflow.trigger, "busy")
+            time.sleep(10)  # sqlite3 itself gives up after five seconds
+            other.execute("ROLLBACK")
+        assert finished(airflow, "busy", run.result()) == "success"
+
+
 def test_an_approval_on_the_command_line_goes_on_by_clearing(airflow: Airflow, tmp_path: Path) -> None:
     """Where nobody answers in Airflow, the run must go on where it stood and not from its beginning."""
     home = make(tmp_path / "cleared")
@@ -242,12 +257,12 @@ def test_a_secret_is_nowhere_in_a_running_airflow(airflow: Airflow, tmp_path: Pa
 def test_a_task_that_is_ended_ends_its_stage(airflow: Airflow, tmp_path: Path) -> None:
     """A stage that goes on after somebody marked its task failed would publish what nobody waits for."""
     home = make(tmp_path / "ended")
-    run = small_dag(airflow, home, only(s.linger), "ended")
+    run = small_dag(airflow, home, only(s.linger, seconds=120), "ended")
 
     stage = f"stage.*{home}"
     wait_until(lambda: bool(of(stage)), 120, lambda: str(airflow.states("ended", run)))
     airflow.end("ended", run, "linger")
-    wait_until(lambda: not of(stage), 25, lambda: "the stage goes on")  # it lingers for 30 s
+    wait_until(lambda: not of(stage), 100, lambda: "the stage goes on")
 
 
 def test_dags_alone_bring_a_model_from_modality_to_promotion(

@@ -293,13 +293,13 @@ def test_kill_ends_the_stages_and_the_next_run_goes_on(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from radloop.engines import kubeflow\n"
         "from radloop.testing import suite_stages as s; from radloop.testing.engine_suite import only\n"
-        "kubeflow.run(only(s.linger), home=Path(sys.argv[1]), emit=lambda e: print(e.event, flush=True))"
+        "kubeflow.run(only(s.linger, seconds=120), home=Path(sys.argv[1]), emit=lambda e: print(e.event, flush=True))"
     )
     with subprocess.Popen([sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE, text=True) as engine:
         assert engine.stdout is not None
         assert engine.stdout.readline() == "started\n"
         engine.send_signal(signal.SIGKILL)
-    until = time.monotonic() + 20
+    until = time.monotonic() + 100
     while alive(tmp_path) and time.monotonic() < until:
         time.sleep(0.1)
     assert alive(tmp_path) == []

@@ -48,7 +48,7 @@ def test_second_run_at_once_is_refused(tmp_path: Path) -> None:
                 local.run(small(), home=home)
         finally:
             holder.kill()
-    for _ in range(50):  # the kernel drops the lock with the process
+    for _ in range(600):  # the kernel drops the lock with the process
         try:
             assert local.run(small(), home=home).status == "succeeded"
             break
@@ -59,7 +59,7 @@ def test_second_run_at_once_is_refused(tmp_path: Path) -> None:
 def test_interrupt_ends_stages_in_other_processes(tmp_path: Path) -> None:
     """Ctrl-C while TFDV runs must give the terminal back at once, and leave no process behind."""
     b = Builder("suite")
-    b.add(s.linger)
+    b.add(s.linger, seconds=120)
     b.add(s.numbers)
 
     def interrupt(event: Event) -> None:
@@ -69,7 +69,7 @@ def test_interrupt_ends_stages_in_other_processes(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         local.run(b.build(), home=tmp_path, emit=interrupt)
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 100
 
 
 def test_missing_environment_names_the_command(tmp_path: Path) -> None:

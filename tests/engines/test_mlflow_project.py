@@ -279,7 +279,7 @@ def test_dead_server_before_the_run(tmp_path: Path, free_port: int) -> None:
     began = time.monotonic()
     with pytest.raises(EngineError, match=rf"MLflow cannot be reached\n.*http://127.0.0.1:{free_port}"):
         mlflow_project.run(small(), home=tmp_path, tracking_uri=f"http://127.0.0.1:{free_port}")
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 150
     assert list(tmp_path.iterdir()) == []
 
 
@@ -344,16 +344,16 @@ def test_interrupt_ends_the_stage_and_the_runs(home: Path) -> None:
         try:
             assert process.stdin is not None
             assert process.stdout is not None
-            process.stdin.write(only(s.linger).to_json())
+            process.stdin.write(only(s.linger, seconds=120).to_json())
             process.stdin.close()
             assert b"started" in process.stdout.readline()
             process.send_signal(signal.SIGINT)
-            process.wait(20)
+            process.wait(100)
         finally:
             process.kill()
     ended = {name: run.info.status for name, run in found(home).items()}
     assert ended == {"suite": "KILLED", "linger": "FAILED"}  # the latter is MLflow's own word for it
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while holder(home, "suite") and time.monotonic() < until:
         time.sleep(0.1)
     assert holder(home, "suite") == ""  # no process of the stage is left

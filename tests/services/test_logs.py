@@ -116,7 +116,10 @@ def test_a_listener_tells_what_came_and_of_whom_nothing(tmp_path: Path) -> None:
     with _running(project, "listen") as (ready, log):
         for some in (files, [torn]):
             send(some, "127.0.0.1", ready["port"], calling_ae="CT1", called_ae="RADLOOP")
-        time.sleep(2.5)
+        until = time.monotonic() + 60
+        while log.read_text().count("is over") < 2:  # said a moment after the sender has gone
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.1)
     lines = _lines(log)
     said = " ".join(line.get("message", "") for line in lines)
     assert {line["process"] for line in lines} == {"listen"}

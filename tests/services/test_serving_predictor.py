@@ -57,7 +57,7 @@ class Predictor:
     def stop(self) -> int:
         self.process.terminate()
         try:
-            return self.process.wait(20)
+            return self.process.wait(60)
         finally:
             self.process.kill()
             assert self.process.stdout is not None
@@ -296,7 +296,7 @@ def test_sigterm_finishes_what_was_begun(tmp_path: Path) -> None:
         connection.sendall(data[1000:])
         answer = connection.recv(65536)
     assert answer.startswith(b"HTTP/1.1 200")
-    assert made.process.wait(20) == 0
+    assert made.process.wait(60) == 0
     assert [row["status"] for row in predictions.read(made.log)] == ["ok"]
     made.stop()
 
@@ -359,7 +359,7 @@ def test_it_ends_with_its_parent(tmp_path: Path) -> None:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         parent.kill()
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2:3]:
         assert time.monotonic() < until, "the predictor outlived its parent"
         time.sleep(0.05)

@@ -204,7 +204,7 @@ def _number(file: Any) -> int:
 
 
 def _wait(got: list[bytes], number: int) -> None:
-    for _ in range(200):
+    for _ in range(3000):
         if len(got) >= number:
             return
         threading.Event().wait(0.02)

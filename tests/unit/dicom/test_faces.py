@@ -365,8 +365,8 @@ def test_rounding_on_the_way_through_nifti_is_no_other_geometry(tmp_path: Path, 
 
 
 def gone(pid: int) -> bool:
-    """Whether a process has ended, seen for at most five seconds."""
-    for _ in range(100):
+    """Whether a process has ended, seen for at most half a minute."""
+    for _ in range(600):
         try:
             if f"{pid} (" not in (stat := Path(f"/proc/{pid}/stat").read_text()) or ") Z" in stat:
                 return True
@@ -384,7 +384,7 @@ def test_a_tool_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> 
     done = clean_series(deidentifier(tool, timeout_s=0.5), {path: "A"}, tmp_path / "faces")
     error = done[path]
     assert isinstance(error, DicomError) and "had not ended after 0.5 s" in error.what
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 100
     assert gone(int((tmp_path / "hang.pid").read_text()))
 
 

@@ -299,7 +299,7 @@ def test_a_stopped_listener_lets_the_association_end_and_takes_no_more(landing: 
     stopping.start()
     assert association.send_c_store(image(1)).Status == 0
     association.release()
-    stopping.join(timeout=10)
+    stopping.join(timeout=60)
     assert not stopping.is_alive()
     listener.stop()
     with pytest.raises(ConnectionRefusedError):

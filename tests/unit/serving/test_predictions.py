@@ -49,7 +49,7 @@ def row(number: int = 0, **changes: Any) -> PredictionRow:
     return made | changes  # type: ignore[return-value]
 
 
-def wait_until(true: Callable[[], bool], timeout_s: float = 5.0) -> None:
+def wait_until(true: Callable[[], bool], timeout_s: float = 60.0) -> None:
     until = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < until, "did not happen in time"
@@ -108,7 +108,7 @@ def test_a_kill_loses_at_most_the_last_interval(tmp_path: Path) -> None:
         assert writer.stdout is not None
         seen: list[tuple[float, int]] = []
         until = time.monotonic() + 60
-        while (not seen or seen[-1][0] - seen[0][0] < 1.5) and time.monotonic() < until:
+        while (not seen or seen[-1][0] - seen[0][0] < 4.0) and time.monotonic() < until:
             number = int(writer.stdout.readline())
             seen.append((time.monotonic(), number))
         os.kill(writer.pid, signal.SIGKILL)
@@ -117,7 +117,7 @@ def test_a_kill_loses_at_most_the_last_interval(tmp_path: Path) -> None:
     numbers = [int(r["prediction_id"].removeprefix("id-")) for r in kept]
     assert numbers == list(range(len(numbers))), "a hole before the end"
     # The interval, and the time that a busy machine takes for one write.
-    safe = max(number for at, number in seen if at < killed - predictions.FLUSH_INTERVAL_S - 0.5)
+    safe = max(number for at, number in seen if at < killed - predictions.FLUSH_INTERVAL_S - 3.0)
     assert numbers[-1] >= safe
 
 

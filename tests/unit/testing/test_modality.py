@@ -137,6 +137,9 @@ def test_no_peer_or_a_peer_that_does_not_know_us_is_an_error(tmp_path: Path, pee
 def test_a_hundred_files_take_seconds(tmp_path: Path, peer: Peer) -> None:
     """With Nagle's algorithm on one of the two sides it is 10 files a second; without, hundreds."""
     files = [written(tmp_path / "1.dcm", ExplicitVRLittleEndian)] * 100
-    start = time.perf_counter()
-    assert send(files, "127.0.0.1", peer.port, calling_ae="XRAY", called_ae="STORE") == {"0000": 100}
-    assert time.perf_counter() - start < 5
+    took = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert send(files, "127.0.0.1", peer.port, calling_ae="XRAY", called_ae="STORE") == {"0000": 100}
+        took.append(time.perf_counter() - start)
+    assert min(took) < 5

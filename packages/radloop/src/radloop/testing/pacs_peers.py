@@ -23,7 +23,7 @@ from radloop.testing.modality import send
 if TYPE_CHECKING:
     from radloop.dicom.pacs import Pacs
 
-_READY_S = 60.0
+_READY_S = 120.0
 _PLUGIN = "libOrthancDicomWeb.so"
 _PLUGINS = Path("/usr/share/orthanc/plugins")
 # To the kernel the parent is the thread that made the child: one that lives as long as this process.

@@ -17,7 +17,7 @@ from typing import Self
 from radloop.errors import RadloopError
 from radloop.testing.pacs_peers import free_port
 
-_READY_S = 30.0
+_READY_S = 120.0
 _BINARIES = "/usr/lib/postgresql"
 """Debian keeps `initdb` and `postgres` there, one folder a version, and out of PATH."""
 

@@ -114,10 +114,10 @@ def hang(made: Out[Numbers]) -> None:
     time.sleep(60)
 
 
-@stage(timeout_s=60)
-def linger(made: Out[Numbers]) -> None:
+@stage(timeout_s=300)
+def linger(made: Out[Numbers], *, seconds: int = 30) -> None:
     """Take its time, in a process of its own."""
-    time.sleep(30)
+    time.sleep(seconds)
 
 
 @stage(timeout_s=60)
