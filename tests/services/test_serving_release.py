@@ -55,7 +55,7 @@ made.run(on_ready=lambda port: print(port, flush=True))
 """
 
 
-def wait_until(true: Callable[[], Any], timeout_s: float = 30.0, what: str = "it") -> None:
+def wait_until(true: Callable[[], Any], timeout_s: float = 90.0, what: str = "it") -> None:
     until = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < until, f"{what} did not happen in {timeout_s} s"

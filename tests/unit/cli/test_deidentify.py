@@ -398,7 +398,7 @@ def test_killed_in_the_middle_it_leaves_no_half_file_and_goes_on(tmp_path: Path,
         finally:
             process.send_signal(signal.SIGKILL)
     for other in others:
-        wait_for(lambda other=other: gone(other), 20)
+        wait_for(lambda other=other: gone(other))
     left = outputs(tmp_path / "out")
     assert 20 < len(left) < 120
     for name in left:

@@ -229,7 +229,7 @@ def test_eight_associations_with_random_aborts_are_counted_exactly(home: Path, s
 
 
 def _settle(listener: Listener) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     while listener.status().associations or listener._ae.active_associations:
         assert time.monotonic() < deadline
         time.sleep(0.05)
