@@ -42,10 +42,11 @@ packages = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(packages)
 
 MLFLOW = [sys.executable, "-m", "mlflow"]
-# MLflow's commands start their server as a child: it is ended with its group, and when these tests are killed.
+# MLflow's commands start their server as a child: it is ended with its group, and when these tests are killed. Its access log
+# goes to the file as well: into a pipe that nobody reads it would go for 64 KB, and then the server would stand still.
 GUARD = """
 import os, signal, subprocess, sys, time
-child = subprocess.Popen(sys.argv[2:], start_new_session=True)
+child = subprocess.Popen(sys.argv[2:], start_new_session=True, stdout=sys.stderr)
 signal.signal(signal.SIGTERM, lambda *_: child.terminate())
 print(child.pid, flush=True)
 while child.poll() is None and os.getppid() == int(sys.argv[1]):
@@ -88,13 +89,6 @@ class Server:
                 assert self._guard.poll() is None, self.log.read_text()[-3000:]
                 time.sleep(0.1)
         raise AssertionError(f"not ready:\n{self.log.read_text()[-3000:]}")
-
-    def answers(self) -> bool:
-        """Whether it answers by itself, without the gateway."""
-        try:
-            return httpx.get(self.url + self._health, timeout=10).status_code == 200
-        except httpx.HTTPError:
-            return False
 
     def kill(self) -> None:
         with suppress(ProcessLookupError):
@@ -168,19 +162,6 @@ class Place:
         for server in self.tracking:
             told = httpx.post(f"{server.url}/api/2.0/mlflow/experiments/search", json={"max_results": 1}, timeout=30)
             assert told.status_code == 200, told.text
-
-    def begin_again(self) -> None:
-        """Tracking servers anew, at the same ports."""
-        for server in self.tracking:
-            server.kill()
-        self.tracking = [self._tracking_server(server.port) for server in self.tracking]
-        for server in self.tracking:
-            server.wait()
-        self._open_stores()
-        before, until = self.asked("tracking"), time.monotonic() + 60
-        while any(self.asked("tracking")[server.port] == before[server.port] for server in self.tracking):
-            assert time.monotonic() < until, "the gateway does not see them"
-            httpx.get(f"{self.tracking_url}/health", timeout=30)
 
     def _tracking_server(self, port: int) -> Server:
         command = [
@@ -367,10 +348,10 @@ def test_a_killed_tracking_server_is_not_felt_and_doubles_nothing(place: Place) 
     made: Counter[str] = Counter()
     with httpx.Client(timeout=30) as session:
         run = _new_run(place, session, "load").json()["run"]["info"]["run_id"]
-    before, attempt = place.asked("tracking"), 1
+    before = place.asked("tracking")
 
     def work(session: httpx.Client, number: int, turn: int) -> None:
-        name = f"made-{attempt}-{number}-{turn}"
+        name = f"made-{number}-{turn}"
         metric = {"run_id": run, "key": f"m{number}", "value": turn, "timestamp": turn, "step": turn}
         for what, ask in (
             ("read", lambda: _api(place, session, "GET", "runs/get", run_id=run)),
@@ -386,17 +367,7 @@ def test_a_killed_tracking_server_is_not_felt_and_doubles_nothing(place: Place) 
                 told = f"{what} {answer.status_code} {answer.text}"
                 assert what == "create" and answer.json()["error_code"] == "ABORTED", told
 
-    try:
-        _load(work, place.tracking[1].kill)
-    except AssertionError:
-        # Seen once in some dozens of loads: MLflow 3.17's own server stood still, deaf to SIGTERM too. Only then again.
-        if place.tracking[0].answers():
-            raise
-        print(f"the other server had hung by itself: {place.tracking[0].log.read_text()[-500:]}")
-        place.begin_again()
-        answers, made, attempt = Counter(), Counter(), 2
-        before = place.asked("tracking")
-        _load(work, place.tracking[1].kill)
+    _load(work, place.tracking[1].kill)
     assert {status for _what, status in answers} <= {200, 409}, answers
     assert sum(count for (_what, status), count in answers.items() if status == 409) <= 4, (
         answers
