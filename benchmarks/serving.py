@@ -2,7 +2,8 @@
 
 Method: a DenseNet (107,000 weights, 240 x 240: about 4 ms an image on one core) as ONNX, on CPU; one image a request, raw
 float32: as a binary tensor of the Open Inference Protocol v2 where the server speaks it, as the plain body where it does not, as
-JSON where it takes nothing else (MLflow). Every server may use two threads or processes for the model, one thread a call.
+JSON where it takes nothing else (MLflow). Every server may use two threads or processes for the model. Raw and the peers take one
+thread a call (THREADS_A_CALL gives the peers more); ours both for a call that is alone, one each where calls meet (ADR 10).
 Clients are h2load (Debian: nghttp2-client), in C, on the same cores: one connection and one request under way each, HTTP/1.1 or
 gRPC's HTTP/2. What the clients take (their CPU time is in the table) is lost to the server, not to raw. Raw is onnxruntime in a
 process of its own, without a server: one thread for one client, two for more. Rounds alternate between all systems, and those
@@ -123,7 +124,8 @@ def load(target: Target, clients: int, seconds: int) -> Load:
         command += [] if target.grpc else ["--h1"]
         command += [f"-H{name}: {value}" for name, value in target.headers.items()]
         subprocess.run([*command, "-d", str(target.body), target.url], check=True, stdout=subprocess.DEVNULL)
-        rows = np.loadtxt(log, dtype=np.int64, ndmin=2)
+        lines = log.read_text().split()  # none, where nothing was answered in time
+        rows = np.array(lines, np.int64).reshape(-1, 3)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     good = rows[rows[:, 1] == 200]

@@ -1,4 +1,4 @@
-"""What every peer runs: the same ONNX file, one thread a call."""
+"""What every peer runs: the same ONNX file, one thread a call unless THREADS_A_CALL says otherwise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import onnxruntime
 def session() -> onnxruntime.InferenceSession:
     """The model that PEER_MODEL names."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.intra_op_num_threads, options.inter_op_num_threads = int(os.environ.get("THREADS_A_CALL", "1")), 1
     return onnxruntime.InferenceSession(os.environ["PEER_MODEL"], options)
 
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,21 @@ def test_each_form_gives_the_networks_numbers(
     np.testing.assert_allclose(opened.logits(images[3:4]), expected[3:4], atol=2e-5)
     assert opened.logits(images[:0]).shape == (0,)
     assert runtimes.origin(tmp_path / "m") == runtimes.Origin(form=form)
+
+
+def test_a_call_alone_and_calls_that_meet_give_the_same_numbers(
+    sources: dict[str, Path], toy: Toy, images: Any, tmp_path: Path
+) -> None:
+    """A call that is alone is computed by more threads: a study must not be judged otherwise because the night is quiet."""
+    brought.adopt(sources["onnx"], "logit", toy.preprocessing, images, tmp_path / "m")
+    here = runtimes.open_network(tmp_path / "m", SIZE)
+    there = runtimes.open_network(tmp_path / "m", SIZE, threads=2)
+    expected = here.logits(images)
+    np.testing.assert_allclose(there.logits(images), expected, atol=1e-6)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(there.logits, [images] * 200):
+            np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_allclose(there.logits(images[:1]), expected[:1], atol=1e-6)
 
 
 @pytest.mark.parametrize("gives", ["probability", "two_logits", "two_probabilities"])

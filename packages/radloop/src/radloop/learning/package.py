@@ -247,7 +247,7 @@ class Packaged:
 
     Args:
         folder: from `build`.
-        threads: for one call of the network.
+        threads: as `runtimes.open_network`.
 
     Attributes:
         network: the loaded network, and `platform` its framework as the Open Inference Protocol names it.

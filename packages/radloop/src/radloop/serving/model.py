@@ -58,7 +58,8 @@ class ServedModel:
         package: folder that `learning.package.build` wrote.
         pseudonymiser: made from the project's key.
         expect_digest: the model digest that is asked for; None takes what is there.
-        decoders: processes to hold ready for compressed images: as many as there are requests at once.
+        threads: requests at once: so many CPU threads may the network take, and so many processes are held ready for
+            compressed images.
 
     Raises:
         ArtifactError: the package is damaged, this radloop preprocesses in another way than the one that trained the
@@ -67,9 +68,9 @@ class ServedModel:
     """
 
     def __init__(
-        self, package: Path, pseudonymiser: Pseudonymiser, *, expect_digest: str | None = None, decoders: int = 1
+        self, package: Path, pseudonymiser: Pseudonymiser, *, expect_digest: str | None = None, threads: int = 1
     ) -> None:
-        self._packaged = Packaged(package)
+        self._packaged = Packaged(package, threads=threads)
         self._pseudonymiser = pseudonymiser
         identity = self._packaged.identity
         self.digest = identity.model_digest
@@ -85,7 +86,7 @@ class ServedModel:
                 next_step="point --key-file at the key of the project that trained this model",
             )
         self._packaged.check()
-        sandbox.warm(decoders)
+        sandbox.warm(threads)
 
     def check(self, images: NDArray[np.float32]) -> None:
         """Raises DataError if these are no preprocessed images (n, 1, size, size)."""

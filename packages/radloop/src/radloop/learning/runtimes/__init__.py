@@ -142,7 +142,7 @@ def open_network(folder: Path, size: int, *, threads: int = 1) -> Network:
     Args:
         folder: holds one of `FORMS`, and `runtime.json` unless radloop trained it.
         size: side of the images it will be given.
-        threads: of one call.
+        threads: that calls may take together, in one process. ONNX: a call that is alone takes them all; otherwise one each.
 
     Raises:
         ArtifactError: the file is missing, damaged or of another kind; its framework is not installed (names the extra);
@@ -160,7 +160,7 @@ def _runner(form: str, path: Path, threads: int) -> Runner:
     if form == "saved_model":
         from radloop.learning.runtimes.saved_model import SavedModelRunner
 
-        return SavedModelRunner(path, threads)
+        return SavedModelRunner(path)
     from radloop.learning.runtimes.pytorch import ExportedRunner, ScriptRunner
 
-    return ExportedRunner(path, threads) if form == "exported_program" else ScriptRunner(path, threads)
+    return ExportedRunner(path) if form == "exported_program" else ScriptRunner(path)

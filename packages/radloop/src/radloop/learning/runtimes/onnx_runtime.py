@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ from radloop.learning.runtimes.signature import not_installed, only, unreadable,
 
 
 class OnnxRunner:
-    """A session on the CPU.
+    """Sessions on the CPU: a call that is alone is computed by all threads, calls that meet by one each (docs/adr/0010).
 
     Args:
         path: an ONNX file.
-        threads: for one call.
+        threads: that calls may take together. With more than one the weights are in memory twice.
 
     Raises:
         ArtifactError: as `runtimes.open_network`.
@@ -25,8 +26,10 @@ class OnnxRunner:
     platform = "onnx_onnxruntime"
 
     def __init__(self, path: Path, threads: int) -> None:
-        self._session = _session(path, threads)
-        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        self._narrow = _session(path, 1)
+        self._wide = _session(path, threads) if threads > 1 else self._narrow
+        self._guard, self._running = threading.Lock(), 0
+        inputs, outputs = self._narrow.get_inputs(), self._narrow.get_outputs()
         self._input = only("input", [one.name for one in inputs])
         self._outputs = [only("output", [one.name for one in outputs])]
         if inputs[0].type != "tensor(float)":
@@ -35,7 +38,14 @@ class OnnxRunner:
 
     def run(self, images: NDArray[np.float32]) -> NDArray[np.floating]:
         """As `Runner.run`."""
-        (found,) = self._session.run(self._outputs, {self._input: images})
+        with self._guard:
+            session = self._narrow if self._running else self._wide
+            self._running += 1
+        try:
+            (found,) = session.run(self._outputs, {self._input: images})
+        finally:
+            with self._guard:
+                self._running -= 1
         return np.asarray(found)
 
 
@@ -47,6 +57,8 @@ def _session(path: Path, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
+    # Threads that spin while they wait take the core from whoever brings the next image, or waits for an answer.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # noqa: BLE001 - onnxruntime has a dozen exception types without a common base

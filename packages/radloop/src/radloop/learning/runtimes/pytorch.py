@@ -33,11 +33,11 @@ class TorchRunner:
     platform = "pytorch"
     shape: tuple[int | None, ...] | None = None
 
-    def __init__(self, module: Any, threads: int) -> None:
+    def __init__(self, module: Any) -> None:
         import torch
 
         self._torch, self._module = torch, module
-        torch.set_num_threads(threads)
+        torch.set_num_threads(1)
 
     def run(self, images: NDArray[np.float32]) -> NDArray[np.floating]:
         """As `Runner.run`."""
@@ -54,7 +54,7 @@ class ExportedRunner(TorchRunner):
 
     platform = "pytorch_exportedprogram"
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path) -> None:
         _check_archive(path)
         try:
             with _safely():
@@ -66,7 +66,7 @@ class ExportedRunner(TorchRunner):
         except Exception as error:  # noqa: BLE001 - whatever the archive provokes
             raise unreadable(path, error) from None
         self.shape = _shape(program)
-        super().__init__(module, threads)
+        super().__init__(module)
 
 
 class ScriptRunner(TorchRunner):
@@ -74,7 +74,7 @@ class ScriptRunner(TorchRunner):
 
     platform = "pytorch_torchscript"
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path) -> None:
         torch = _torch()
         try:
             with _safely():
@@ -82,7 +82,7 @@ class ScriptRunner(TorchRunner):
         except Exception as error:  # noqa: BLE001 - a pickle, or damaged: torch says RuntimeError and more
             why = f"no TorchScript ({type(error).__name__}); a pickled model or state_dict is never opened"
             raise unreadable(path, why) from None
-        super().__init__(module, threads)
+        super().__init__(module)
 
 
 def _torch() -> Any:

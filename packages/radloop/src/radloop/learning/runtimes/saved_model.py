@@ -22,8 +22,8 @@ class SavedModelRunner:
 
     platform = "tensorflow_savedmodel"
 
-    def __init__(self, path: Path, threads: int) -> None:
-        tf = tensorflow(threads)
+    def __init__(self, path: Path) -> None:
+        tf = tensorflow()
         self._tf = tf
         if not (path / "saved_model.pb").is_file():
             raise unreadable(path / "saved_model.pb", "no such file")
@@ -53,8 +53,8 @@ class SavedModelRunner:
         return found
 
 
-def tensorflow(threads: int = 1) -> Any:
-    """The module `tensorflow`, imported on the CPU and quietly. Raises ArtifactError if it is not installed.
+def tensorflow() -> Any:
+    """The module `tensorflow`, imported on the CPU, one thread a call, and quietly. Raises ArtifactError if it is not installed.
 
     Triton, which torch brings and imports late, holds an LLVM of its own: loaded after TensorFlow's it ends the process
     ("inconsistency in registered CommandLine options"; TensorFlow 2.21, torch 2.15), loaded before it does no harm.
@@ -69,7 +69,7 @@ def tensorflow(threads: int = 1) -> Any:
     except ImportError:
         raise not_installed("tensorflow") from None
     with suppress(RuntimeError):  # once it has computed something in this process, this stays as it is
-        tf.config.threading.set_intra_op_parallelism_threads(threads)
-        tf.config.threading.set_inter_op_parallelism_threads(threads)
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+        tf.config.threading.set_inter_op_parallelism_threads(1)
         tf.config.set_visible_devices([], "GPU")
     return tf

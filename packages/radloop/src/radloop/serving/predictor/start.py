@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         bound = _bind(options.host, options.port)
         key = _pseudonymiser(options.key_file)
-        model = ServedModel(options.package, key, expect_digest=options.expect_digest, decoders=options.threads)
+        model = ServedModel(options.package, key, expect_digest=options.expect_digest, threads=options.threads)
         token = None if options.token_file is None else _token(options.token_file)
     except (RadloopError, OSError) as error:
         sys.stderr.write(f"{error}\n")
@@ -214,7 +214,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tls-key", help="PEM file")
     parser.add_argument("--deadline-s", type=float, default=DEADLINE_S, help="what is not answered by then is refused")
     parser.add_argument("--token-file", type=Path, help="bearer token to ask for")
-    parser.add_argument("--threads", type=int, default=2, help="predictions at once")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="predictions at once; one that is alone takes all of them (ONNX)"
+    )
     parser.add_argument("--max-body-bytes", type=int, default=MAX_BODY_BYTES)
     parser.add_argument("--flush-interval-s", type=float, default=FLUSH_INTERVAL_S)
     parser.add_argument("--parent", type=int, default=0, help="end when this process, the parent, ends")
