@@ -108,6 +108,20 @@ def test_check_finds_a_swapped_network(trained: Any, copied: Path) -> None:
         Packaged(copied).check()
 
 
+@pytest.mark.parametrize("way", ["_alone", "_among_others"])
+def test_check_asks_each_way_in_which_a_call_may_be_computed(
+    trained: Any, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A predictor that is right while it is quiet and wrong under load would pass every test of it."""
+    packaged = Packaged(trained.package, threads=2)
+    packaged.check()
+    runner = getattr(packaged.network, way)
+    run = runner.run
+    monkeypatch.setattr(runner, "run", lambda images: run(images) + 1)
+    with pytest.raises(ArtifactError, match="answers otherwise"):
+        packaged.check()
+
+
 @pytest.mark.parametrize("name", ["model.onnx", "identity.json", "decision.json", "inputs.json", "preprocessing.json"])
 def test_a_damaged_package_is_refused(copied: Path, name: str) -> None:
     """A half-copied package must say which file, not die in a parser."""

@@ -6,6 +6,7 @@ A network that radloop trained is `model.onnx`. One that was made elsewhere stan
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Literal
 
@@ -87,14 +88,17 @@ class Network:
         runner: the framework's side.
         gives: what its numbers are.
         size: side of the images.
+        alone: the same network for a call that meets no other, computed by more threads (docs/adr/0010).
 
     Raises:
         ArtifactError: it takes something else than these images.
     """
 
-    def __init__(self, runner: Runner, gives: Gives, size: int) -> None:
+    def __init__(self, runner: Runner, gives: Gives, size: int, *, alone: Runner | None = None) -> None:
         self.platform, self.gives = runner.platform, gives
-        self._runner, self._layout = runner, Layout(runner.shape, size)
+        self._among_others, self._alone = runner, alone or runner
+        self._guard, self._under_way = threading.Lock(), 0
+        self._layout = Layout(runner.shape, size)
         self._width = 2 if gives.startswith("two_") else 1
 
     def logits(self, images: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -105,9 +109,23 @@ class Network:
         """
         if not len(images):
             return np.empty(0)
+        with self._guard:
+            runner = self._among_others if self._under_way else self._alone
+            self._under_way += 1
+        try:
+            return self._logits(runner, images)
+        finally:
+            with self._guard:
+                self._under_way -= 1
+
+    def each_way(self, images: NDArray[np.float32]) -> list[NDArray[np.float64]]:
+        """As `logits`, of at least one image, by each of the ways in which a call may be computed."""
+        return [self._logits(runner, images) for runner in {self._alone, self._among_others}]
+
+    def _logits(self, runner: Runner, images: NDArray[np.float32]) -> NDArray[np.float64]:
         if self._layout.one_by_one:
-            return np.concatenate([self._as_logits(self._runner.run(self._layout.of(one[None])), 1) for one in images])
-        return self._as_logits(self._runner.run(self._layout.of(images)), len(images))
+            return np.concatenate([self._as_logits(runner.run(self._layout.of(one[None])), 1) for one in images])
+        return self._as_logits(runner.run(self._layout.of(images)), len(images))
 
     def difference(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
         """The largest absolute difference of logits, or of probabilities if the network gives those.
@@ -142,17 +160,19 @@ def open_network(folder: Path, size: int, *, threads: int = 1) -> Network:
     Args:
         folder: holds one of `FORMS`, and `runtime.json` unless radloop trained it.
         size: side of the images it will be given.
-        threads: that calls may take together, in one process. ONNX: a call that is alone takes them all; otherwise one each.
+        threads: that calls may take together. ONNX: a call that is alone takes all, and the weights are in memory twice.
 
     Raises:
         ArtifactError: the file is missing, damaged or of another kind; its framework is not installed (names the extra);
             it takes other images.
     """
     told = origin(folder) or Origin(form="onnx")
-    return Network(_runner(told.form, folder / FORMS[told.form], threads), told.gives, size)
+    path = folder / FORMS[told.form]
+    alone = _runner(told.form, path, threads) if told.form == "onnx" and threads > 1 else None
+    return Network(_runner(told.form, path), told.gives, size, alone=alone)
 
 
-def _runner(form: str, path: Path, threads: int) -> Runner:
+def _runner(form: str, path: Path, threads: int = 1) -> Runner:
     if form == "onnx":
         from radloop.learning.runtimes.onnx_runtime import OnnxRunner
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,11 @@ from radloop.learning.runtimes.signature import not_installed, only, unreadable,
 
 
 class OnnxRunner:
-    """Sessions on the CPU: a call that is alone is computed by all threads, calls that meet by one each (docs/adr/0010).
+    """A session on the CPU.
 
     Args:
         path: an ONNX file.
-        threads: that calls may take together. With more than one the weights are in memory twice.
+        threads: for one call.
 
     Raises:
         ArtifactError: as `runtimes.open_network`.
@@ -26,10 +25,8 @@ class OnnxRunner:
     platform = "onnx_onnxruntime"
 
     def __init__(self, path: Path, threads: int) -> None:
-        self._narrow = _session(path, 1)
-        self._wide = _session(path, threads) if threads > 1 else self._narrow
-        self._guard, self._running = threading.Lock(), 0
-        inputs, outputs = self._narrow.get_inputs(), self._narrow.get_outputs()
+        self._session = _session(path, threads)
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         self._input = only("input", [one.name for one in inputs])
         self._outputs = [only("output", [one.name for one in outputs])]
         if inputs[0].type != "tensor(float)":
@@ -38,14 +35,7 @@ class OnnxRunner:
 
     def run(self, images: NDArray[np.float32]) -> NDArray[np.floating]:
         """As `Runner.run`."""
-        with self._guard:
-            session = self._narrow if self._running else self._wide
-            self._running += 1
-        try:
-            (found,) = session.run(self._outputs, {self._input: images})
-        finally:
-            with self._guard:
-                self._running -= 1
+        (found,) = self._session.run(self._outputs, {self._input: images})
         return np.asarray(found)
 
 
