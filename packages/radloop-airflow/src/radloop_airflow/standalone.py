@@ -100,7 +100,7 @@ def environment(home: Path, settings: Settings, port: int) -> dict[str, str]:
         "AIRFLOW__CORE__PARALLELISM": "4",
         "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": f"{name}:admin",
         "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"http://{_HOST}:{port}/execution/",
-        # SQLite has one lock for all who write; sqlite3 gives up after 5 s, and Airflow then answers 500 or ends a part.
+        # SQLite has one lock for all who write; sqlite3 gives up after 5 s, and Airflow then answers 500.
         "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home / 'airflow.db'}?timeout=60",
         "AIRFLOW__LOGGING__BASE_LOG_FOLDER": str(home / "logs"),
         "AIRFLOW__API__HOST": _HOST,
