@@ -94,11 +94,13 @@ def test_memory_limit(home: Path, options: Options) -> None:
 
 def test_an_image_that_is_not_there(home: Path, options: Options, jobs: Callable[[], list[str]]) -> None:
     """A typo in an image's tag must not wait for ever in ImagePullBackOff."""
+    began = time.monotonic()
     wrong = msgspec.structs.replace(options, image="localhost/radloop-core:typo")
     result = kubernetes.run(only(s.numbers), home=home, options=wrong)
     assert result.status == "failed"
     assert "the image localhost/radloop-core:typo cannot be had" in result.message
     assert "correct [kubernetes] image" in result.message
+    assert time.monotonic() - began < 100
     assert_gone(jobs)
 
 

@@ -358,7 +358,7 @@ def test_connections_that_ask_for_nothing_do_not_count(landing: Landing) -> None
 def test_an_idle_association_is_aborted(landing: Landing, within: bool) -> None:
     """If this failed, modalities that were switched off would hold their associations until none is left."""
     with Listener(landing, ae_title="RADLOOP", sites=SITES, idle_s=1.0) as listener:
-        peer = Sender(listener.port, [(CR, ExplicitVRLittleEndian)])
+        peer = Sender(listener.port, [(CR, ExplicitVRLittleEndian)], timeout_s=20)
         assert peer.store(CR, "1.2.3.1", cut(encoded(image(1)))) == 0
         if within:
             peer.announce(CR, "1.2.3.2")
@@ -707,7 +707,7 @@ def test_echo_between_instances_is_answered_at_once(listener: Listener) -> None:
     ae.add_requested_context(CR, ExplicitVRLittleEndian)
     ae.add_requested_context("1.2.840.10008.1.1")
     association = ae.associate("127.0.0.1", listener.port, ae_title="RADLOOP")
-    took = []
+    seconds = []
     for number in range(5):
         ds = image(number)
         ds.file_meta = FileMetaDataset()
@@ -715,8 +715,8 @@ def test_echo_between_instances_is_answered_at_once(listener: Listener) -> None:
         assert association.send_c_store(ds).Status == 0
         began = time.monotonic()
         assert association.send_c_echo().Status == 0
-        took.append(time.monotonic() - began)
-    assert min(took) < 1
+        seconds.append(time.monotonic() - began)
+    assert min(seconds) < 0.5  # the machine may be busy at one of them, not at all
     association.release()
     assert association.is_released
 
@@ -751,7 +751,7 @@ def test_a_stop_aborts_even_a_peer_that_stopped_in_the_middle(landing: Landing) 
     peer.fragment(b"\x08\0", 1, 0)
     began = time.monotonic()
     listener.stop(grace_s=0.5)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 5
     with pytest.raises(Aborted):
         peer.answer()
     peer.socket.close()
@@ -761,12 +761,12 @@ def test_an_idle_association_costs_next_to_nothing(listener: Listener) -> None:
     """If this failed, twenty open associations would take a processor from those that send."""
     peers = [Sender(listener.port, [(CR, ExplicitVRLittleEndian)]) for _ in range(8)]
     time.sleep(1.5)
-    took = []
-    for _ in range(3):
+    spent = []
+    for _ in range(3):  # what an earlier test has left behind may still be at work in one of them
         before = time.process_time()
         time.sleep(1.0)
-        took.append(time.process_time() - before)
-    assert min(took) < 0.2
+        spent.append(time.process_time() - before)
+    assert min(spent) < 0.2, spent
     for peer in peers:
         peer.socket.sendall(ABORT)
         peer.socket.close()
